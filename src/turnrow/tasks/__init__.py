@@ -1,0 +1,20 @@
+"""Data sets, encoding and metrics: everything about a task that needs neither a model nor a method."""
+
+from turnrow.tasks.classification import ClassificationTask
+from turnrow.tasks.registry import TASKS, make_task, task_from_dict
+from turnrow.tasks.regression import RegressionTask
+from turnrow.tasks.tables import read_table
+from turnrow.tasks.task import Task
+from turnrow.tasks.tokens import ready_to_pad, resolve_max_length
+
+__all__ = [
+    "TASKS",
+    "ClassificationTask",
+    "RegressionTask",
+    "Task",
+    "make_task",
+    "read_table",
+    "ready_to_pad",
+    "resolve_max_length",
+    "task_from_dict",
+]

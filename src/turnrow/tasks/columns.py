@@ -1,0 +1,53 @@
+"""Take columns out of a split and refuse what is missing, naming split, file, column and row (rows counted from 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from turnrow.errors import UserError, near_matches
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["describe_split", "require_columns", "text_column", "value_column"]
+
+
+def describe_split(data: Dataset, split: str) -> str:
+    """Name a split for an error, with the file or hub data set that it was read from where that is known."""
+    return f"split {split!r} ({data.info.dataset_name})" if data.info.dataset_name else f"split {split!r}"
+
+
+def require_columns(data: Dataset, columns: Sequence[str], split: str) -> None:
+    """Refuse a split without rows, or without one of `columns`."""
+    if len(data) == 0:
+        raise UserError(f"{describe_split(data, split)} is empty: it holds no rows")
+    for column in columns:
+        if column not in data.column_names:
+            raise UserError(
+                f"{describe_split(data, split)} has no column {column!r}; its columns are "
+                f"{', '.join(repr(name) for name in data.column_names)}{near_matches(column, data.column_names)}"
+            )
+
+
+def value_column(data: Dataset, column: str, split: str) -> list[Any]:
+    """Return the values of a column; a null is refused."""
+    values = list(data.with_format(None)[column])
+    for row, value in enumerate(values, start=1):
+        if value is None:
+            raise UserError(
+                f"{describe_split(data, split)}, row {row}: column {column!r} has no value (missing or null)"
+            )
+    return values
+
+
+def text_column(data: Dataset, column: str, split: str) -> list[str]:
+    """Return the values of a column that must hold text; an empty text is text."""
+    values = value_column(data, column, split)
+    for row, value in enumerate(values, start=1):
+        if not isinstance(value, str):
+            raise UserError(
+                f"{describe_split(data, split)}, row {row}: column {column!r} must hold text, "
+                f"got {value!r} ({type(value).__name__})"
+            )
+    return values

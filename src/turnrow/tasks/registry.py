@@ -1,0 +1,44 @@
+"""The tasks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from turnrow.errors import UserError, near_matches
+from turnrow.tasks.classification import ClassificationTask
+from turnrow.tasks.regression import RegressionTask
+from turnrow.tasks.task import Task
+
+__all__ = ["TASKS", "make_task", "task_from_dict"]
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, RegressionTask)}
+"""The class of each task by the name that recipes use."""
+
+
+def make_task(name: str, **options: Any) -> Task:
+    """Make a task from the `task:` block of a recipe.
+
+    Args:
+        name: one of `TASKS`.
+        options: the fields of that class, e.g. `text`, `label` and `metric`.
+
+    Raises:
+        UserError: the name or an option is unknown, an option is missing, or its value is wrong.
+    """
+    return _task_class(name).from_options(options)
+
+
+def task_from_dict(saved: Mapping[str, Any]) -> Task:
+    """Make the task that `Task.to_dict` described, with what it had learned.
+
+    Raises:
+        UserError: the description is broken, or was written by a later version of turnrow.
+    """
+    return _task_class(saved.get("name")).from_dict(saved)
+
+
+def _task_class(name: object) -> type[Task]:
+    if not isinstance(name, str) or name not in TASKS:
+        raise UserError(f"unknown task {name!r}; tasks are {', '.join(TASKS)}{near_matches(str(name), TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,191 @@
+"""What a task is: the meeting place of a data set and a run, which knows neither the model nor the method.
+
+A run uses a task in this order::
+
+    task = make_task("classification", text=["sentence"], label="label")
+    task.fit(train)                                    # learns what the data defines
+    model = getattr(transformers, task.auto_model).from_pretrained(path, **task.model_kwargs())
+    encoded = task.encode(test, tokenizer, max_length, split="test")
+    ...                                                # Trainer(data_collator=task.collator(tokenizer),
+                                                       #   preprocess_logits_for_metrics=task.reduce_logits)
+    task.metrics(predictions, labels, encoded)
+    task.decode(predictions, encoded)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from turnrow.errors import UserError, near_matches
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Self
+
+__all__ = ["Task"]
+
+_FORMAT_VERSION = 1
+
+
+@dataclass(kw_only=True)
+class Task(ABC):
+    """One kind of task. A subclass is a dataclass: its fields are the options of the `task:` block of a recipe.
+
+    How other kinds of task fit without a change here: `encode` may make several rows of one example (windows of a long
+    context), different rows for `split="train"` than for the splits that are predicted (a prompt with, and without, its
+    answer), and may add columns that no model reads (gold answers, offsets, the number of the example). The run hands
+    the result of `encode` back as `encoded`, so that `metrics` and `decode` find those columns. `predictions` is what
+    the run kept of the model's output: `reduce_logits` of the logits, or an array of texts where it generated them.
+    """
+
+    name: ClassVar[str]
+    """The name in a recipe."""
+    auto_model: ClassVar[str]
+    """The Auto class of transformers that builds the model."""
+    peft_task_type: ClassVar[str]
+    """A `peft.TaskType`."""
+    label_names: ClassVar[tuple[str, ...]] = ("labels",)
+    """The columns of an encoded split that are labels (`TrainingArguments.label_names`)."""
+    metric_names: ClassVar[tuple[str, ...]]
+    """All that `metrics` may report; the first is the main one, unless the recipe chooses another."""
+    error_metrics: ClassVar[frozenset[str]] = frozenset()
+    """Those of `metric_names` of which less is better."""
+
+    metric: str | None = None
+    """The metric by which runs and checkpoints are compared; None: the first of `metric_names`."""
+
+    def __post_init__(self) -> None:
+        if self.metric is not None and self.metric not in self.metric_names:
+            raise UserError(
+                f"task {self.name!r} has no metric {self.metric!r}; it has {', '.join(self.metric_names)}"
+                f"{near_matches(str(self.metric), self.metric_names)}"
+            )
+
+    @property
+    def main_metric(self) -> str:
+        """The metric by which runs and checkpoints are compared."""
+        return self.metric or self.metric_names[0]
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether a larger main metric is a better one."""
+        return self.main_metric not in self.error_metrics
+
+    @abstractmethod
+    def columns(self) -> list[str]:
+        """Return the columns that a labelled split must have."""
+
+    @abstractmethod
+    def fit(self, train: Dataset) -> None:
+        """Learn from the training split what the data defines, such as the labels.
+
+        Raises:
+            UserError: the split is empty, or lacks a column or a value.
+        """
+
+    @abstractmethod
+    def model_kwargs(self) -> dict[str, Any]:
+        """Return what `auto_model.from_pretrained` must know. Call `fit` first."""
+
+    @abstractmethod
+    def encode(
+        self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, *, split: str
+    ) -> Dataset:
+        """Turn a split into what the model reads: input_ids, attention_mask, ... and the columns of `label_names`.
+
+        Args:
+            data: rows with `columns()`.
+            tokenizer: the model's; never changed here.
+            max_length: tokens per row, special ones included; None: see `turnrow.tasks.resolve_max_length`.
+            split: named in errors. Of `"predict"` no label is read, and none is in the result.
+
+        Raises:
+            UserError: the split is empty, or a column, a value or a label is missing or wrong; with the row, from 1.
+        """
+
+    @abstractmethod
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], Any]:
+        """Return what makes a batch of encoded rows. Gives the tokenizer a pad token if it has none."""
+
+    def reduce_logits(self, logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+        """Keep of a batch's output what `metrics` and `decode` need (Trainer's `preprocess_logits_for_metrics`).
+
+        Here the logits: encoder-decoders also return hidden states, which would fill the memory over a whole split.
+        """
+        return logits[0] if isinstance(logits, tuple) else logits
+
+    @abstractmethod
+    def metrics(self, predictions: np.ndarray, labels: np.ndarray, encoded: Dataset | None = None) -> dict[str, float]:
+        """Score predictions by name of metric.
+
+        Args:
+            predictions: one entry per row of the encoded split.
+            labels: the labels of these rows.
+            encoded: what `encode` returned, for tasks whose columns hold what scoring needs.
+        """
+
+    @abstractmethod
+    def decode(self, predictions: np.ndarray, encoded: Dataset | None = None) -> list[dict[str, Any]]:
+        """Return for each example a JSON object: its `prediction` in terms of the data, and a score if it has one."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that `turnrow.tasks.task_from_dict` needs to make this task again, as JSON can hold it."""
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+        return {"version": _FORMAT_VERSION, "name": self.name, "options": options, "learned": self._learned()}
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> Self:
+        """Make the task of this class that `to_dict` described.
+
+        Raises:
+            UserError: the description is broken, or was written by a later version of turnrow.
+        """
+        if saved.get("version") != _FORMAT_VERSION:
+            raise UserError(
+                f"the saved task has format version {saved.get('version')!r}, this turnrow reads {_FORMAT_VERSION}; "
+                "a higher number comes from a later turnrow: upgrade it"
+            )
+        options, learned = saved.get("options"), saved.get("learned")
+        if not isinstance(options, Mapping) or not isinstance(learned, Mapping):
+            raise UserError(f"the saved task {cls.name!r} is broken: 'options' and 'learned' must be objects")
+        task = cls.from_options(options)
+        task._restore(learned)
+        return task
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Make a task from its options by name.
+
+        Raises:
+            UserError: an option is unknown or missing, or its value is wrong.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+        for option in options:
+            if option not in fields:
+                raise UserError(
+                    f"task {cls.name!r} has no option {option!r}; it has {', '.join(fields)}"
+                    f"{near_matches(str(option), fields)}"
+                )
+        for option, field in fields.items():
+            if option not in options and field.default is field.default_factory is dataclasses.MISSING:
+                raise UserError(f"task {cls.name!r} needs the option {option!r}; its options are {', '.join(fields)}")
+        return cls(**options)
+
+    def _learned(self) -> dict[str, Any]:
+        """What `fit` learned, as JSON can hold it."""
+        return {}
+
+    def _restore(self, learned: Mapping[str, Any]) -> None:
+        """Take back what `_learned` returned."""
+        if learned:
+            raise UserError(
+                f"the saved task {self.name!r} is broken: it learns nothing, but {dict(learned)!r} was saved"
+            )
