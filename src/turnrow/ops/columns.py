@@ -1,0 +1,86 @@
+"""W[:, S] += delta: train r columns of a weight matrix.
+
+RoCoFT (Kowsher et al., ACL 2025), equation 2, W = W0 + C with C zero outside r columns. As in `rows`, the parameter is the
+difference to the pretrained columns.
+
+Letters: W (out, in) weight; S (r,) int64, the chosen columns; delta (out, r); x (..., in) input; y (..., out) output of
+the linear layer; dy its gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["attach_gradient", "keep", "lora_factors", "overlay", "put_", "shape"]
+
+
+def shape(out_features: int, in_features: int, r: int) -> tuple[int, int]:
+    """Shape of `delta` for r columns: (out, r). Its product is the number of trained parameters."""
+    return out_features, r
+
+
+def keep(weight: Tensor, index: Tensor) -> Tensor:
+    """A copy of W[:, S], (out, r), in the dtype of the weight."""
+    return weight.index_select(1, index)
+
+
+def put_(weight: Tensor, index: Tensor, values: Tensor) -> None:
+    """W[:, S] = values, in place. `weight` may be a transposed view."""
+    weight.index_copy_(1, index, values)
+
+
+def overlay(y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tensor:
+    """y += x[..., S] delta^T, out of place: the adapter beside a base weight that is left alone.
+
+    Costs O(tokens * out * r) and one copy of y; differentiable to any order.
+    """
+    change = torch.nn.functional.linear(x.index_select(-1, index).to(delta.dtype), delta)  # (..., out)
+    return y + change.to(y.dtype)
+
+
+def attach_gradient(y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tensor:
+    """Give `delta` its gradient, d delta = dy^T x[..., S], where y was computed with W that already holds delta.
+
+    The value of y does not change, and no gradient of the whole W is ever formed. Of x only the r chosen features are
+    kept for the backward pass: r / in of what a trained W (or LoRA's A) has to keep.
+
+    Args:
+        y: (..., out), fresh output of the linear layer; it is handed on in place.
+        x: (..., in), input of the layer.
+        delta: (out, r), the parameter.
+        index: (r,) int64.
+
+    Returns:
+        y, now a function of delta for autograd.
+    """
+    return _ColumnGradient.apply(y, x.detach().index_select(-1, index), delta)
+
+
+def lora_factors(delta: Tensor, index: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    """(A, B) with B A the dense change of W, exactly: A (r, in) one-hot, B = delta (out, r)."""
+    a = delta.new_zeros(len(index), in_features)
+    a[torch.arange(len(index), device=index.device), index] = 1
+    return a, delta
+
+
+class _ColumnGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, x_s, delta):  # pyright: ignore[reportIncompatibleMethodOverride]
+        # delta is saved for the same reason as in rows: autograd's check that nothing changed it before the backward.
+        ctx.save_for_backward(x_s, delta)
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_s, delta = ctx.saved_tensors
+        d_delta = None
+        if ctx.needs_input_grad[2]:
+            with torch.autocast(dy.device.type, enabled=False):
+                x_s = x_s.reshape(-1, x_s.shape[-1]).to(dy.dtype)
+                # (x_s^T dy)^T: with r rows of output this order is several times faster than dy^T x_s, with r columns.
+                d_delta = (x_s.t() @ dy.reshape(-1, dy.shape[-1])).t().to(delta.dtype)
+        return dy, None, d_delta

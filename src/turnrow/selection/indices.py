@@ -1,0 +1,41 @@
+"""Checks on row and column numbers that a user gave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from turnrow.errors import UserError
+
+__all__ = ["check_indices"]
+
+
+def check_indices(indices: Sequence[int], size: int, *, what: str, module: str) -> Tensor:
+    """Return `indices` as (r,) int64 in the order given.
+
+    Args:
+        indices: row or column numbers, each in 0 .. size - 1 and given once.
+        size: number of rows or columns of the weight.
+        what: "row" or "column", for messages.
+        module: name of the module, for messages.
+
+    Raises:
+        UserError: there are none, one is no integer, out of range or given twice; names module and value.
+    """
+    if len(indices) == 0:
+        raise UserError(f"indices of module {module!r} are empty: give at least one {what} number")
+    wrong = [i for i in indices if isinstance(i, bool) or not isinstance(i, int)]
+    if wrong:
+        raise UserError(f"indices of module {module!r} contain {wrong[0]!r}; {what} numbers are integers")
+    outside = [i for i in indices if not 0 <= i < size]
+    if outside:
+        raise UserError(
+            f"indices of module {module!r} contain {outside[0]}, which is out of range: it has {size} {what}s, "
+            f"numbered 0 to {size - 1}"
+        )
+    if len(set(indices)) < len(indices):
+        twice = sorted({i for i in indices if list(indices).count(i) > 1})
+        raise UserError(f"indices of module {module!r} name {what} {twice[0]} more than once; give each {what} once")
+    return torch.tensor(indices, dtype=torch.int64)

@@ -1,0 +1,18 @@
+"""The plug-ins to peft: the only room that touches peft's internals."""
+
+from __future__ import annotations
+
+from turnrow.tuners.counting import ParameterCount, count_parameters
+from turnrow.tuners.registration import register
+from turnrow.tuners.road import RoadConfig, RoadModel
+from turnrow.tuners.rocoft import RocoftConfig, RocoftModel
+
+__all__ = [
+    "ParameterCount",
+    "RoadConfig",
+    "RoadModel",
+    "RocoftConfig",
+    "RocoftModel",
+    "count_parameters",
+    "register",
+]

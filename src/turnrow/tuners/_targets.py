@@ -1,0 +1,128 @@
+"""Which modules an adapter is for: resolved and checked before the model is touched.
+
+peft ignores a pattern that matches nothing as long as another one matches, and notices a module it cannot adapt when it
+has already replaced others. Here everything is found out first, so that an error leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from turnrow.errors import UserError, near_matches
+
+__all__ = ["find_named", "is_dense_linear", "resolve_targets"]
+
+
+def resolve_targets(tuner: BaseTuner, config, model: nn.Module) -> dict[str, nn.Module]:
+    """Find the modules that `config` targets in `model`, by name.
+
+    Replaces 'all-linear' in the config by the names it stands for, as peft does later, so that layer numbers apply to
+    them too.
+
+    Raises:
+        UserError: a pattern matches nothing (every such pattern is named, with near matches).
+    """
+    if config.target_modules == DUMMY_TARGET_MODULES:
+        return {}
+    chosen_by_us = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    _maybe_include_all_linear_layers(config, model)
+    if chosen_by_us and getattr(config, "layers_to_transform", None) is not None:
+        config.target_modules = _in_layers(config)
+    modules = dict(_modules_outside_adapters(model))
+    matched, excluded = {}, set()
+    for name, module in modules.items():
+        found = tuner._check_target_module_exists(config, name)
+        if isinstance(found, _ExcludedModule):
+            excluded.add(name)
+        elif found:
+            matched[name] = module
+    unmatched = _unmatched_patterns(config.target_modules, modules, matched.keys() | excluded)
+    if unmatched or not matched:
+        raise UserError(_explain(config, unmatched, modules, excluded))
+    return matched
+
+
+def is_dense_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer with a plain floating-point weight (torch's, or GPT-2's Conv1D)."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    weight = getattr(module, "weight", None)
+    return isinstance(module, (nn.Linear, Conv1D)) and weight is not None and weight.is_floating_point()
+
+
+def find_named(key: str, names: Iterable[str]) -> list[str]:
+    """The names that are `key` or end in `.key`."""
+    return [name for name in names if name == key or name.endswith(f".{key}")]
+
+
+def _modules_outside_adapters(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """All named modules but those inside adapter layers that are already there."""
+    inside = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        inside = f"{name}." if isinstance(module, BaseTunerLayer) else None
+        if name:
+            yield name, module
+
+
+def _unmatched_patterns(patterns: str | Iterable[str], modules: dict, hit: Iterable[str]) -> list[str]:
+    if isinstance(patterns, str):
+        return []  # one regular expression: nothing matched at all, or it did its work
+    hit = list(hit)
+    return sorted(p for p in patterns if not find_named(p, hit))
+
+
+def _in_layers(config) -> set[str]:
+    """Those of the target names that lie in the layers asked for."""
+    numbers = config.layers_to_transform
+    numbers = {numbers} if isinstance(numbers, int) else set(numbers)
+    patterns = config.layers_pattern or r"[^.]*"
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    expressions = [re.compile(rf"(?:^|.*?\.){p}\.(\d+)\.") for p in patterns]
+    inside = set()
+    for name in config.target_modules:
+        found = [m for e in expressions if (m := e.match(name))]
+        if found and int(found[0].group(1)) in numbers:
+            inside.add(name)
+    if not inside:
+        raise UserError(
+            f"layers_to_transform is {config.layers_to_transform}, but no linear module lies in such a layer; "
+            f"layers_pattern is {config.layers_pattern!r}"
+        )
+    return inside
+
+
+def _explain(config, unmatched: list[str], modules: dict, excluded: set[str]) -> str:
+    if isinstance(config.target_modules, str):
+        return (
+            f"target_modules {config.target_modules!r}, read as one regular expression, matches no whole module name; "
+            f"a name looks like {_example(modules)!r}"
+        )
+    if not unmatched:
+        return (
+            f"target_modules {sorted(config.target_modules)} leave nothing to adapt: exclude_modules or modules_to_save "
+            f"take out {sorted(excluded)[:3]}, or layers_to_transform {getattr(config, 'layers_to_transform', None)} "
+            "names no layer of the model"
+        )
+    last_parts = {part for name in modules for part in (name, name.rpartition(".")[2])}
+    named = [
+        f"{p!r}{' (in no layer of layers_to_transform)' if find_named(p, modules) else near_matches(p, last_parts)}"
+        for p in unmatched
+    ]
+    return f"target_modules match no module of the model: {', '.join(named)}. A name looks like {_example(modules)!r}"
+
+
+def _example(modules: dict[str, nn.Module]) -> str:
+    return next((n for n, m in modules.items() if is_dense_linear(m)), next(iter(modules), ""))

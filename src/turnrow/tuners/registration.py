@@ -1,0 +1,35 @@
+"""Make peft know RoCoFT, and give its RoAd our layers. Nothing else of peft changes, and nowhere else is it done.
+
+peft keeps its methods in tables keyed by members of the enum `PeftType`, and its `register_peft_method` accepts members
+only. peft 0.20 also looks a config's type up in the list of members when it saves. So RoCoFT becomes a member.
+"""
+
+from __future__ import annotations
+
+import peft.mapping as tables
+from peft.utils.peft_types import PeftType, register_peft_method
+
+from turnrow.tuners.road.model import RoadModel
+from turnrow.tuners.rocoft.config import RocoftConfig
+from turnrow.tuners.rocoft.model import RocoftModel
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Register `ROCOFT` with peft and put our model behind `ROAD`. May be called again without harm."""
+    if "ROCOFT" not in PeftType.__members__:
+        _add_member("ROCOFT")
+        register_peft_method(name="rocoft", config_cls=RocoftConfig, model_cls=RocoftModel)
+    tables.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.ROAD] = RoadModel
+
+
+def _add_member(name: str) -> None:
+    """Add a member to the string enum `PeftType`, which the enum module offers no way for."""
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member

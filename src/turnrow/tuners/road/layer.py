@@ -1,0 +1,183 @@
+"""The adapter layer of RoAd, in the place of peft's own for dense linear layers."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft import RoadConfig
+from peft.tuners.road.layer import Linear as PeftRoadLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from turnrow.ops import rotation
+
+__all__ = ["RoadLinear"]
+
+
+class RoadLinear(PeftRoadLinear):
+    """A linear layer (torch.nn.Linear, or GPT-2's Conv1D) whose output features are rotated and scaled in pairs.
+
+    Parameters, their layout and names are peft's. The forward is ours: where there are more tokens than input features
+    the rotation is folded into the weight (`ops.rotation.rotated_linear`), otherwise it is applied to the output; for the
+    backward pass only the output is kept, which its reader mostly keeps anyway.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: RoadConfig) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.variant: dict[str, rotation.Variant] = {}
+        self.group_size: dict[str, int] = {}
+        self.road_theta = nn.ParameterDict()
+        self.road_alpha = nn.ParameterDict()
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.merged_adapters: list[str] = []
+        base = self.get_base_layer()
+        self.out_features, self.in_features = base.weight.shape[::-1] if isinstance(base, Conv1D) else base.weight.shape
+        self._watch: dict[str, rotation.OutputWatch] = {}
+        self._known: dict[str, tuple[tuple, rotation.Coefficients, bool]] = {}
+        """By adapter: the state of its parameters, their blocks, and whether those can be undone."""
+        self._kept_for_unmerge: dict[str, tuple[Tensor, Tensor | None]] = {}
+        """Original weight and bias of merged adapters whose rotation cannot be undone (a scale of zero)."""
+        self.update_layer(adapter_name, config=config)
+
+    # --- forward ---------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        active = [name for name in self.active_adapters if name in self._available_adapters]
+        if self.disable_adapters or self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return self._plain_forward(x, active, args, kwargs)
+        if len(active) == 1 and not args and not kwargs:
+            folded = self._folded_forward(x, active[0])
+            if folded is not None:
+                return folded
+        h = self.base_layer(x, *args, **kwargs)
+        for name in active:
+            h = self._rotate(h, name)
+        return h
+
+    def _plain_forward(self, x: Tensor, active: list[str], args: tuple, kwargs: dict) -> Tensor:
+        """Differentiable operations only, for the transforms of `torch.func`."""
+        h = self.base_layer(x, *args, **kwargs)
+        for name in active:
+            h = rotation.rotate(h, rotation.coefficients(*self._parameters_of(name)))
+        return h
+
+    def _folded_forward(self, x: Tensor, name: str) -> Tensor | None:
+        """The rotation folded into the weight; None where that is not possible or does not pay."""
+        base = self.base_layer
+        tokens = x.numel() // self.in_features
+        if tokens <= self.in_features or not _is_plain(base):
+            return None
+        _, invertible = self._blocks(name)
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        elif x.dtype != base.weight.dtype:
+            return None
+        if not invertible:
+            return None
+        variant, group_size, theta, alpha = self._parameters_of(name)
+        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        watch = self._watch.setdefault(name, rotation.OutputWatch())
+        return rotation.rotated_linear(
+            x, weight, base.bias, theta, alpha, variant=variant, group_size=group_size, keep=watch.keep, watch=watch
+        )
+
+    def _rotate(self, h: Tensor, name: str) -> Tensor:
+        blocks, invertible = self._blocks(name)
+        variant, group_size, theta, alpha = self._parameters_of(name)
+        if not (torch.is_grad_enabled() and (h.requires_grad or theta.requires_grad or alpha.requires_grad)):
+            return rotation.rotate_values(h, blocks)
+        watch = self._watch.setdefault(name, rotation.OutputWatch())
+        keep = watch.keep if invertible else "input"
+        return rotation.rotate_output(h, theta, alpha, variant=variant, group_size=group_size, keep=keep, watch=watch)
+
+    def _parameters_of(self, name: str) -> tuple[rotation.Variant, int, Tensor, Tensor]:
+        return self.variant[name], self.group_size[name], self.road_theta[name], self.road_alpha[name]
+
+    def _blocks(self, name: str) -> tuple[rotation.Coefficients, bool]:
+        """The blocks of R and whether they can be undone, made anew only when the parameters have changed."""
+        variant, group_size, theta, alpha = self._parameters_of(name)
+        stamp = tuple((p.data_ptr(), -1 if p.is_inference() else p._version, p.requires_grad) for p in (theta, alpha))
+        known = self._known.get(name)
+        # `p.data` can be changed unseen by its version: parameters in training are not trusted to be the same.
+        if known is None or known[0] != stamp or theta.requires_grad or alpha.requires_grad:
+            with torch.no_grad():
+                blocks = rotation.coefficients(variant, group_size, theta.detach(), alpha.detach())
+            known = self._known[name] = (stamp, blocks, rotation.is_invertible(blocks))
+        return known[1], known[2]
+
+    # --- merging ---------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold R into the weight and bias, elementwise, until `unmerge`.
+
+        Args:
+            safe_merge: refuse an adapter with NaN or infinite values, before anything is written.
+            adapter_names: adapters to merge; None merges the active ones.
+
+        Raises:
+            ValueError: `safe_merge` found values that are not finite; names the adapter.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self._available_adapters:
+                continue
+            blocks, invertible = self._blocks(name)
+            if safe_merge and not all(torch.isfinite(entry).all() for entry in blocks):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            weight, bias = self._base_values()
+            if not invertible:
+                self._kept_for_unmerge[name] = (weight.clone(), None if bias is None else bias.clone())
+            rotation.rotate_weight_(weight, bias, blocks)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Undo `merge`, last adapter first, by the closed-form inverse: exact up to rounding in the weight's dtype."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name not in self._available_adapters:
+                continue
+            weight, bias = self._base_values()
+            if name in self._kept_for_unmerge:
+                kept_weight, kept_bias = self._kept_for_unmerge.pop(name)
+                weight.copy_(kept_weight)
+                if bias is not None:
+                    bias.copy_(kept_bias)
+            else:
+                rotation.unrotate_weight_(weight, bias, self._blocks(name)[0])
+
+    def _base_values(self) -> tuple[Tensor, Tensor | None]:
+        """Values of the weight as (out, in) and of the bias, to write to."""
+        base = self.get_base_layer()
+        weight = base.weight.data.t() if isinstance(base, Conv1D) else base.weight.data
+        return weight, None if base.bias is None else base.bias.data
+
+
+def _is_plain(base: nn.Module) -> bool:
+    """Whether calling `base` does nothing but a linear layer with frozen, dense, present weights."""
+    weight, bias = base.weight, base.bias
+    return (
+        type(base) in (nn.Linear, Conv1D)
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        and not hasattr(base, "_hf_hook")  # accelerate: the weight may be on another device
+        and "forward" not in base.__dict__
+        and type(weight) in (Tensor, nn.Parameter)
+        and weight.device.type != "meta"
+        and not weight.requires_grad
+        and not (bias is not None and bias.requires_grad)
+    )

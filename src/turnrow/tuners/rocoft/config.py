@@ -1,0 +1,106 @@
+"""The configuration of RoCoFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from peft.config import PeftConfig
+
+from turnrow.errors import UserError, near_matches
+
+__all__ = ["RocoftConfig"]
+
+Mode = Literal["row", "column"]
+Bias = Literal["none", "rocoft_only", "all"]
+
+
+@dataclass
+class RocoftConfig(PeftConfig):
+    """Train r rows or columns of each target weight (Kowsher et al., ACL 2025, equation 2).
+
+    Raises:
+        UserError: a value is not allowed; names it and what is allowed.
+    """
+
+    r: int = field(default=3, metadata={"help": "How many rows or columns of each weight are trained."})
+    mode: Mode = field(
+        default="row",
+        metadata={
+            "help": "'row' trains W[S, :], one output feature a row; 'column' trains W[:, S], one input feature a column. "
+            "Columns keep almost nothing for the backward pass."
+        },
+    )
+    indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Which rows or columns. None takes the first r; a list serves every module; a dict maps module names "
+            "(whole, or their last parts) to lists, and the first r serve the modules it does not name. Where indices "
+            "are given their number is the rank of the module. The indices are saved with the adapter."
+        },
+    )
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the linear modules to train, whole or their last parts, or one regular expression. "
+            "None or 'all-linear' takes every linear module but the output layer."
+        },
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Names, or one regular expression, of modules to leave out."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Numbers of the layers to train; None trains all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that holds the layers, such as 'layers' or 'h'."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Module names or regular expressions to a rank other than r, as in LoRA."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained whole and saved with the adapter, such as a classifier."}
+    )
+    bias: Bias = field(
+        default="none",
+        metadata={
+            "help": "Which biases are trained too: 'none', those of the target modules ('rocoft_only'), or 'all'. They "
+            "are stored as differences, so that the base model stays as it was."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from peft.utils.peft_types import PeftType
+
+        self.peft_type = PeftType("ROCOFT")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        _check_choice("mode", self.mode, get_args(Mode))
+        _check_choice("bias", self.bias, get_args(Bias))
+        _check_rank("r", self.r)
+        for pattern, rank in (self.rank_pattern or {}).items():
+            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+        if self.indices is not None and not isinstance(self.indices, (list, tuple, dict)):
+            raise UserError(
+                f"indices is {self.indices!r}; it must be None, a list of numbers, or a dict from module names to lists"
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise UserError("layers_to_transform needs target_modules as a list of names, not a regular expression")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise UserError("layers_pattern is set but layers_to_transform is not: give the layer numbers too")
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(
+            f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}{near_matches(str(value), allowed)}"
+        )
+
+
+def _check_rank(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name} is {value!r}; it must be a whole number of rows or columns, 1 or more")

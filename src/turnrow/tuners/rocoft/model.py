@@ -1,0 +1,174 @@
+"""The peft tuner of RoCoFT: puts the layers into a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from turnrow.errors import UserError, near_matches
+from turnrow.tuners._targets import find_named, is_dense_linear, resolve_targets
+from turnrow.tuners.rocoft.config import RocoftConfig
+from turnrow.tuners.rocoft.layer import RocoftBias, RocoftLayer, RocoftLinear, choose_index
+
+__all__ = ["RocoftModel"]
+
+
+class RocoftModel(BaseTuner):
+    """A model of which r rows or columns of the target weights are trained (RoCoFT).
+
+    Made by `peft.get_peft_model(model, RocoftConfig(...))`.
+    """
+
+    prefix: str = "rocoft_"
+    tuner_layer_cls = RocoftLayer
+    target_module_mapping: dict = {}
+
+    # --- before the model is touched -------------------------------------------------------------------------------
+
+    def _prepare_adapter_config(self, peft_config: RocoftConfig, model_config: dict) -> RocoftConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-linear"
+        return peft_config
+
+    def _prepare_model(self, peft_config: RocoftConfig, model: nn.Module) -> None:
+        targets = resolve_targets(self, peft_config, model)
+        _check_linear(targets, model)
+        if isinstance(peft_config.indices, dict):
+            unknown = [key for key in peft_config.indices if not find_named(key, targets)]
+            if unknown:
+                ends = {end for name in targets for end in (name, name.rpartition(".")[2])}
+                raise UserError(
+                    f"indices name modules that are not among the target modules: "
+                    f"{', '.join(f'{key!r}{near_matches(key, ends)}' for key in unknown)}"
+                )
+        for name, module in targets.items():
+            layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            out_features, in_features = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
+            choose_index(peft_config, name, out_features, in_features)
+        with_bias = {"none": (), "rocoft_only": targets.values(), "all": model.modules()}[peft_config.bias]
+        if peft_config.bias != "none" and all(getattr(module, "bias", None) is None for module in with_bias):
+            raise UserError(f"bias is {peft_config.bias!r}, but the model has no bias there to train; use bias='none'")
+
+    def _check_new_adapter_config(self, config: RocoftConfig) -> None:
+        """Any number of adapters may train biases: they are differences, and each has its own."""
+
+    # --- putting the layers in ---------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if config.bias == "all":
+            self._wrap_other_biases(model, adapter_name, config)
+        _mark_shared_weights(model)
+
+    def _create_and_replace(
+        self, rocoft_config: RocoftConfig, adapter_name: str, target: nn.Module, target_name: str, parent, current_key: str
+    ) -> None:
+        if isinstance(target, RocoftLinear):
+            target.update_layer(adapter_name, rocoft_config, current_key)
+            return
+        self._insert(RocoftLinear(target, adapter_name, rocoft_config, current_key), adapter_name, target, target_name, parent)
+
+    def _wrap_other_biases(self, model: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
+        """Train the biases of the modules that are no targets."""
+        inside = None
+        for name, module in list(model.named_modules()):
+            if inside is not None and name.startswith(inside):
+                continue
+            inside = None
+            if isinstance(module, RocoftBias):
+                module.update_layer(adapter_name, config)
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                inside = f"{name}."
+            elif isinstance(module._parameters.get("bias"), nn.Parameter) and name:
+                parent = model.get_submodule(name.rpartition(".")[0])
+                self._insert(
+                    RocoftBias(module, adapter_name, config), adapter_name, module, name.rpartition(".")[2], parent
+                )
+                inside = f"{name}."
+
+    def _insert(self, layer: nn.Module, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module) -> None:
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an additional adapter is not trained until it is activated
+        layer.train(target.training)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        ours = {id(p) for layer in _layers(model) for n in layer.adapter_layer_names for p in getattr(layer, n).values()}
+        # modules_to_save decide for themselves.
+        others = {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) not in ours | others:
+                parameter.requires_grad_(False)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Adapters are made in float32; `autocast_adapter_dtype=False` asks for the dtype of the base instead."""
+        if autocast_adapter_dtype:
+            return super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
+        for layer in _layers(self.model):
+            dtype = next(layer.get_base_layer().parameters()).dtype
+            for name in layer.adapter_layer_names:
+                parameters = getattr(layer, name)
+                if adapter_name in parameters:
+                    parameters[adapter_name].data = parameters[adapter_name].data.to(dtype)
+
+    # --- taking the adapter off --------------------------------------------------------------------------------------
+
+    def disable_adapter_layers(self) -> None:
+        """The base model again, bit for bit; biases included, so peft's warning about them does not apply."""
+        self._enable_adapter_layers(enabled=False)
+
+    def _unload_and_optionally_merge(self, *args, **kwargs):
+        for layer in _layers(self.model):
+            layer.restore_base()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_learnable_bias_state_dict(cls, model, state_dict, config) -> dict[str, torch.Tensor]:
+        """Trained biases are adapter tensors of their own (`rocoft_bias`); the base's are not saved."""
+        return {}
+
+    # --- batches of several adapters ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        """peft drops `adapter_names` in silence where a method does not know it."""
+        if kwargs.get("adapter_names") is not None:
+            raise UserError("adapter_names does not work with RoCoFT: activate one adapter by set_adapter(), or merge it")
+        yield
+
+
+def _layers(model: nn.Module) -> list[RocoftLayer]:
+    return [module for module in model.modules() if isinstance(module, RocoftLayer)]
+
+
+def _check_linear(targets: dict[str, nn.Module], model: nn.Module) -> None:
+    wrong = {name: module for name, module in targets.items() if not is_dense_linear(module)}
+    if wrong:
+        name, module = next(iter(wrong.items()))
+        raise UserError(
+            f"target module {name!r} is a {type(module).__name__}; RoCoFT trains linear layers with a dense "
+            f"floating-point weight (torch.nn.Linear, Conv1D). {len(wrong)} of {len(targets)} targets are of another kind"
+        )
+    for name in targets:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise UserError(
+                f"target module {name!r} belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls "
+                "it: an adapter there would do nothing. Leave it out of target_modules"
+            )
+
+
+def _mark_shared_weights(model: nn.Module) -> None:
+    """Tell the layers whose weight is used elsewhere in the model too (tied embeddings) not to change it in place."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for layer in _layers(model):
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        layer.weight_is_shared = weight is not None and uses[id(weight)] > 1
