@@ -1,0 +1,36 @@
+"""A recipe (dataclass <-> YAML) and the run it describes, on transformers' Trainer.
+
+>>> from turnrow.training import Recipe, train
+>>> result = train(Recipe.from_yaml("recipes/sst2.yaml", ["--seed", "1"]))  # doctest: +SKIP
+>>> result.metrics["after"]  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from turnrow.training.recipe import DataFiles, Recipe
+
+if TYPE_CHECKING:
+    from turnrow.training.interrupt import Interrupted
+    from turnrow.training.run import RunResult, train
+    from turnrow.training.saved import evaluate_adapter, load_saved, predict
+
+__all__ = ["DataFiles", "Interrupted", "Recipe", "RunResult", "evaluate_adapter", "load_saved", "predict", "train"]
+
+# Trainer pulls in datasets and pandas; whoever only reads a recipe does not wait for them.
+_LAZY = {
+    "Interrupted": "turnrow.training.interrupt",
+    "RunResult": "turnrow.training.run",
+    "train": "turnrow.training.run",
+    "evaluate_adapter": "turnrow.training.saved",
+    "load_saved": "turnrow.training.saved",
+    "predict": "turnrow.training.saved",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

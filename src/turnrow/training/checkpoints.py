@@ -1,0 +1,92 @@
+"""Checkpoints that count only when they are whole.
+
+Trainer writes a checkpoint file by file into its final place, so a killed process leaves a folder that looks like a
+checkpoint and is none. Here each finished checkpoint gets a seal, ``complete.json`` with the size of every file, written
+last; only a sealed checkpoint whose files still have these sizes is resumed from, and older ones are deleted only after
+the newest is sealed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from turnrow.training.folder import write_json
+
+__all__ = ["SealAndRotate", "discard_incomplete", "is_complete", "last_complete", "seal"]
+
+SEAL = "complete.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class SealAndRotate(TrainerCallback):
+    """Seals each checkpoint after Trainer has written it, then deletes the oldest ones.
+
+    Args:
+        keep: how many to keep; the newest and the best one always stay. None or 0 keeps all.
+    """
+
+    def __init__(self, keep: int | None) -> None:
+        self.keep = keep
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Seal the checkpoint just written, then delete old ones."""
+        if not args.should_save:
+            return
+        folder = Path(str(args.output_dir))
+        newest = folder / f"checkpoint-{state.global_step}"
+        seal(newest)
+        if not self.keep:
+            return
+        protected = {newest.name, Path(state.best_model_checkpoint or newest).name}
+        others = [path for path in _checkpoints(folder) if path.name not in protected]
+        for path in others[: max(0, len(others) + len(protected) - self.keep)]:
+            shutil.rmtree(path)
+
+
+def seal(checkpoint: Path) -> None:
+    """Record that every file of `checkpoint` is written."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != SEAL]
+    for path in files:
+        # The seal must not reach the disk before what it vouches for.
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    write_json(checkpoint / SEAL, {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files})
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether `checkpoint` is sealed and all its files are there with the sizes that the seal names."""
+    try:
+        sizes = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+
+
+def last_complete(folder: Path) -> Path | None:
+    """The complete checkpoint of the highest step in `folder`, or None."""
+    return next((path for path in reversed(_checkpoints(folder)) if is_complete(path)), None)
+
+
+def discard_incomplete(folder: Path) -> list[Path]:
+    """Delete the checkpoints in `folder` that were cut short, and return them."""
+    broken = [path for path in _checkpoints(folder) if not is_complete(path)]
+    for path in broken:
+        shutil.rmtree(path)
+    return broken
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    named = [(match, path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
+    return [path for match, path in sorted(named, key=lambda pair: int(pair[0][1]))]

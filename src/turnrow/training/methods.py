@@ -1,0 +1,109 @@
+"""Methods by name: RoCoFT and RoAd, any other method that peft knows, the whole model, or only its new head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from transformers import PreTrainedModel
+
+from turnrow.errors import UserError, near_matches
+from turnrow.training.base import Base
+from turnrow.training.options import check_names, check_options
+
+__all__ = ["apply_method", "check_method", "method_names"]
+
+_RESERVED = {
+    "peft_type": "the method's name decides it",
+    "task_type": "the task decides it",
+    "base_model_name_or_path": "the recipe's model decides it",
+    "inference_mode": "a run trains",
+    "auto_mapping": "peft fills it in",
+    "peft_version": "peft fills it in",
+    "revision": "the recipe's model decides it",
+}
+
+
+def method_names() -> list[str]:
+    """Names for ``method.name``: ours first, then every other method of the installed peft."""
+    ours = ["rocoft", "road", "full", "head"]
+    return ours + sorted(set(_config_classes()) - set(ours))
+
+
+def check_method(method: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `method` with its values converted to the types of the method's config.
+
+    Raises:
+        UserError: no or unknown name, a field that the method does not have, or a value that its config refuses.
+    """
+    if "name" not in method:
+        raise UserError("method has no name; say for example method: {name: rocoft, mode: row, r: 3}")
+    name, options = method["name"], {key: value for key, value in method.items() if key != "name"}
+    if name in ("full", "head"):
+        if options:
+            check_names(options, ["name"], f"method {name}")
+        return {"name": name}
+    classes = _config_classes()
+    if name not in classes:
+        hint = near_matches(str(name), method_names()) or f"; allowed: {', '.join(method_names())}"
+        raise UserError(f"there is no method {name!r}{hint}")
+    options = check_options(options, classes[name], f"method {name}", reserved=_RESERVED)
+    _config(name, options)
+    return {"name": name, **options}
+
+
+def apply_method(base: Base, method: Mapping[str, Any], peft_task_type: str) -> PreTrainedModel | PeftModel:
+    """Make a base trainable by `method`; trained parameters are float32.
+
+    Modules that the pretrained weights did not hold are trained and saved whatever the method, since the adapter could not
+    be used without them.
+
+    Args:
+        base: its model is changed in place.
+        method: as returned by `check_method`.
+        peft_task_type: such as ``"SEQ_CLS"``, for which peft itself trains and saves the modules of the head.
+
+    Returns:
+        A `peft.PeftModel`, or the base's own model for the method ``full``.
+    """
+    name, options = method["name"], {key: value for key, value in method.items() if key != "name"}
+    if name == "full":
+        return base.model.float().requires_grad_(True)
+    if name == "head":
+        # peft's own form of an adapter that has no target: only modules_to_save are trained and saved.
+        config: PeftConfig = LoraConfig(target_modules=DUMMY_TARGET_MODULES)
+    else:
+        config = _config(name, options)
+    config.task_type = peft_task_type
+    if hasattr(config, "modules_to_save"):
+        # peft adds classifier and score for SEQ_CLS by itself.
+        new_modules = [name for name in base.new_modules if name not in ("classifier", "score")]
+        saved = [*(config.modules_to_save or []), *new_modules]
+        config.modules_to_save = list(dict.fromkeys(saved)) or None
+    try:
+        adapted = get_peft_model(base.model, config)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"method {name}: {error}") from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def _config_classes() -> dict[str, type[PeftConfig]]:
+    # Keys are members of a str enum, or plain strings for methods registered from outside, as ours is.
+    return {str(getattr(kind, "value", kind)).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def _config(name: str, options: Mapping[str, Any]) -> PeftConfig:
+    try:
+        return _config_classes()[name](**options)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"method {name}: {error}") from error

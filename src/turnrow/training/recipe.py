@@ -1,0 +1,258 @@
+"""A recipe: everything that decides a fine-tuning run, as a frozen dataclass that round-trips to YAML.
+
+```yaml
+model: PATH_OR_HUB_ID
+task: {name: classification, text: [sentence], label: label}
+data: {train: FILE, validation: FILE, test: FILE}
+method: {name: rocoft, mode: row, r: 3}
+training: {learning_rate: 2e-3, num_train_epochs: 3, per_device_train_batch_size: 32}
+seed: 0
+output_dir: runs/sst2
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from turnrow.errors import UserError
+from turnrow.training.options import check_names, check_options
+
+__all__ = ["RECIPE_VERSION", "DataFiles", "Recipe", "recipe_parser"]
+
+RECIPE_VERSION = 1
+
+_TOP_LEVEL = {
+    "output_dir": "it is a field of the recipe itself, one level up",
+    "seed": "it is a field of the recipe itself, one level up",
+    "data_seed": "the recipe's seed orders the data too",
+    "full_determinism": "every run is seeded and deterministic already",
+    "resume_from_checkpoint": "resume with the flag --resume",
+    "do_train": "a run always trains",
+    "do_eval": "set eval_strategy instead",
+    "do_predict": "a run always predicts the test split",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFiles:
+    """The three splits, each a local file (.jsonl, .json, .csv, .tsv, .parquet, text ones also .gz) or a hub id."""
+
+    train: str
+    """What is trained on."""
+    validation: str | None = None
+    """Evaluated while training, for the curve and for ``load_best_model_at_end``; may be left out."""
+    test: str
+    """Evaluated once before and once after training: the reported figures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run.
+
+    Raises:
+        UserError: an unknown name anywhere (with near matches), a value of the wrong type or out of range.
+    """
+
+    model: str
+    """Base model: a local folder, a hub id, or ``package:NAME`` for a model shipped in an installed Python package."""
+    task: dict[str, Any]
+    """The task's ``name`` (``classification``, ``regression``) and its own fields, such as ``text`` and ``label``."""
+    data: DataFiles
+    """Where the train, validation and test rows are."""
+    method: dict[str, Any]
+    """``rocoft``, ``road``, ``full``, ``head`` or any peft method by ``name``, and the fields of its config."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Arguments of ``transformers.TrainingArguments``, by their own names."""
+    max_length: int | None = None
+    """Longest input in tokens, longer ones are cut; by default what the tokenizer and the model allow."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Storage type of the frozen base weights. Trained weights are always float32."""
+    seed: int = 0
+    """Seeds the new head, the order of the data and dropout."""
+    output_dir: str
+    """Folder of the run; created, and refused if it already holds one."""
+    version: int = RECIPE_VERSION
+    """Format of the recipe file."""
+
+    def __post_init__(self) -> None:
+        if self.version != RECIPE_VERSION:
+            raise UserError(
+                f"recipe version is {self.version!r}; this turnrow reads version {RECIPE_VERSION}. "
+                "Install the turnrow that wrote the file, or write the recipe anew"
+            )
+        # Own copies: a frozen recipe must not change when the caller's dictionaries do.
+        checked = {
+            "data": _data_files(self.data),
+            "task": _task_options(self.task),
+            "method": _method_options(self.method),
+            "training": _training_options(self.training),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        _check_scalars(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the recipe") -> Recipe:
+        """Build from plain values, as read from YAML; `where` names their source in errors."""
+        names = [f.name for f in fields(cls)]
+        check_names(values, names, where)
+        missing = [f for f in ("model", "task", "data", "method", "output_dir") if values.get(f) is None]
+        if missing:
+            raise UserError(f"{where} lacks {', '.join(missing)}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a recipe file and apply overrides of the command line.
+
+        Relative paths of data files and of the model are looked up from the current directory, as a shell user expects,
+        and, where there is nothing of that name, from the recipe's own folder. `output_dir` is always relative to the
+        current directory.
+
+        Args:
+            path: the YAML file.
+            overrides: arguments such as ``["--method.r", "4", "--training.learning_rate=1e-3"]``. A whole section is
+                replaced by ``--method '{name: lora, r: 8}'``.
+
+        Raises:
+            UserError: no such file, broken YAML, or anything that `Recipe` itself refuses.
+        """
+        path = Path(path)
+        return _relocate(cls.from_dict(_parse(path, overrides), where=str(path)), path.parent)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, in the order of the fields; ``Recipe.from_dict`` reads them back."""
+        return asdict(self)
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """Return the recipe as YAML and, if `path` is given, write it there (atomically)."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+        if path is not None:
+            from turnrow.training.folder import write_text
+
+            write_text(Path(path), text)
+        return text
+
+
+def recipe_parser() -> ArgumentParser:
+    """The parser of a recipe file and its overrides, with every field's description as help."""
+    parser = ArgumentParser(prog="turnrow train", exit_on_error=False, add_help=False)
+    parser.add_argument("--config", action="config", help="the recipe file (YAML)")
+    parser.add_class_arguments(Recipe)
+    return parser
+
+
+def _parse(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Read the file, apply ``--a.b value`` and ``--a.b=value``; jsonargparse knows the syntax, we know near matches."""
+    if not path.is_file():
+        raise UserError(f"there is no recipe file {str(path)!r}; give --config the path of a YAML file")
+    _check_file_names(path)
+    for word in overrides:
+        if word.startswith("--"):
+            _check_override(word)
+    try:
+        namespace = recipe_parser().parse_args(["--config", str(path), *overrides])
+    except ArgumentError as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    values = namespace.as_dict()
+    del values["config"]
+    return values
+
+
+def _check_file_names(path: Path) -> None:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {type(values).__name__}, not a mapping of recipe fields")
+    check_names(values, [f.name for f in fields(Recipe)], str(path))
+    if isinstance(values.get("data"), dict):
+        check_names(values["data"], [f.name for f in fields(DataFiles)], f"{path}: data")
+
+
+def _check_override(word: str) -> None:
+    head, *rest = word.removeprefix("--").partition("=")[0].split(".")
+    check_names({head: None}, [f.name for f in fields(Recipe)], f"{word}: the recipe")
+    if head == "data" and rest:
+        check_names({rest[0]: None}, [f.name for f in fields(DataFiles)], f"{word}: data")
+
+
+def _data_files(data: Any) -> DataFiles:
+    if isinstance(data, DataFiles):
+        return data
+    if not isinstance(data, Mapping):
+        raise UserError(f"data is {data!r}; expected a mapping such as {{train: FILE, validation: FILE, test: FILE}}")
+    options = check_options(data, DataFiles, "data")
+    for name in ("train", "test"):
+        if not options.get(name):
+            raise UserError(f"data.{name} is missing; name the file or hub id of the {name} split")
+    return DataFiles(**options)
+
+
+def _section(values: Any, name: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{name} is {values!r}; expected a mapping of fields")
+    return deepcopy(dict(values))
+
+
+def _task_options(task: Any) -> dict[str, Any]:
+    from turnrow.tasks import make_task
+
+    options = _section(task, "task")
+    if "name" not in options:
+        raise UserError(
+            "task has no name; say for example task: {name: classification, text: [sentence], label: label}"
+        )
+    make_task(**options)
+    return options
+
+
+def _method_options(method: Any) -> dict[str, Any]:
+    from turnrow.training.methods import check_method
+
+    return check_method(_section(method, "method"))
+
+
+def _training_options(training: Any) -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    return check_options(_section(training, "training"), TrainingArguments, "training", reserved=_TOP_LEVEL)
+
+
+def _check_scalars(recipe: Recipe) -> None:
+    for name in ("model", "output_dir"):
+        value: object = getattr(recipe, name)
+        if not isinstance(value, str) or not value:
+            raise UserError(f"{name} is {value!r}; expected a text that is not empty")
+    if recipe.dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"dtype is {recipe.dtype!r}; allowed are float32, bfloat16, float16")
+    if recipe.method["name"] == "full" and recipe.dtype != "float32":
+        raise UserError(
+            f"method full trains every weight and keeps what it trains in float32, but dtype is {recipe.dtype}; "
+            "leave dtype out, and set training.bf16: true for mixed precision"
+        )
+    _check_integer("seed", recipe.seed, 0, 2**32 - 1)
+    if recipe.max_length is not None:
+        _check_integer("max_length", recipe.max_length, 1, 2**31 - 1)
+
+
+def _check_integer(name: str, value: object, lowest: int, highest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+        raise UserError(f"{name} is {value!r}; expected an integer from {lowest} to {highest}")
+
+
+def _relocate(recipe: Recipe, folder: Path) -> Recipe:
+    def found(name: str) -> str:
+        return name if Path(name).exists() or not (folder / name).exists() else str(folder / name)
+
+    data = DataFiles(**{name: found(value) for name, value in asdict(recipe.data).items() if value is not None})
+    return replace(recipe, model=found(recipe.model), data=data)

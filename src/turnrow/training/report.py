@@ -1,0 +1,83 @@
+"""The run on one page: a single HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from turnrow.training.folder import write_text
+from turnrow.training.recipe import Recipe
+
+__all__ = ["write_report"]
+
+_SHOWN = 12
+
+
+def write_report(
+    path: Path, curve: Path, recipe: Recipe, metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write the page, with the picture inside.
+
+    Args:
+        path: the file, replaced atomically.
+        curve: the PNG to show.
+        recipe: shown in full.
+        metrics: as in ``metrics.json``.
+        rows: predictions on the test split, of which a few are shown.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"figure": _figure, "bytes": _bytes, "seconds": _seconds}
+    template = environment.from_string(files("turnrow.training").joinpath("report.html.j2").read_text(encoding="utf-8"))
+    label = recipe.task.get("label")
+    text = template.render(
+        m=metrics,
+        recipe=recipe,
+        recipe_yaml=recipe.to_yaml(),
+        curve=base64.b64encode(curve.read_bytes()).decode("ascii"),
+        columns=list(rows[0]) if rows else [],
+        rows=_worth_showing(rows, label),
+        total=len(rows),
+        wrong=sum(_wrong(row, label) for row in rows) if label else None,
+        label=label,
+        is_wrong=lambda row: _wrong(row, label),
+    )
+    write_text(path, text)
+
+
+def _wrong(row: Mapping[str, Any], label: str | None) -> bool:
+    # A number predicted for a number is neither right nor wrong.
+    if label is None or label not in row or isinstance(row.get("prediction"), float):
+        return False
+    # As text, as the classification task compares them.
+    return str(row[label]) != str(row.get("prediction"))
+
+
+def _worth_showing(rows: Sequence[Mapping[str, Any]], label: str | None) -> list[Mapping[str, Any]]:
+    """Half mistakes, half not, each the first of their kind: what a reader wants to see."""
+    wrong = [row for row in rows if _wrong(row, label)][: _SHOWN // 2]
+    return wrong + [row for row in rows if not _wrong(row, label)][: _SHOWN - len(wrong)]
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s"

@@ -1,0 +1,232 @@
+"""One fine-tuning run: from a recipe to a folder with everything that came of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainerState
+
+from turnrow import __version__, count_parameters
+from turnrow.tasks import Task, make_task, read_table
+from turnrow.training.base import input_limit, load_base
+from turnrow.training.checkpoints import SealAndRotate, discard_incomplete, last_complete
+from turnrow.training.folder import RunFolder, write_json, write_lines
+from turnrow.training.interrupt import Interrupted, StopOnInterrupt
+from turnrow.training.measure import peak_memory, reset_peak_memory
+from turnrow.training.methods import apply_method
+from turnrow.training.progress import ProgressBars
+from turnrow.training.quiet import without_dataset_bars
+from turnrow.training.recipe import Recipe
+from turnrow.training.saved import SavedModel, prediction_rows, save_run, write_predictions
+from turnrow.training.seeding import deterministic
+from turnrow.training.trainer import evaluation_arguments, kept_checkpoints, make_trainer, training_arguments
+
+__all__ = ["RunResult", "train"]
+
+log = logging.getLogger(__name__)
+
+_METRICS_VERSION = 1
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run."""
+
+    folder: RunFolder
+    """Where everything lies."""
+    metrics: dict[str, Any]
+    """The contents of ``metrics.json``."""
+
+    @property
+    def adapter(self) -> Path:
+        """The folder for `evaluate_adapter`, `predict` and ``PeftModel.from_pretrained``."""
+        return self.folder.adapter
+
+
+@dataclass(frozen=True)
+class _Split:
+    table: Dataset
+    encoded: Dataset
+
+
+def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> RunResult:
+    """Fine-tune as `recipe` says, and evaluate on the test split before and after.
+
+    Args:
+        recipe: what to do.
+        resume: continue the run that ``recipe.output_dir`` holds from its last complete checkpoint; on CPU, with the same
+            number of threads, the result is the same to the last bit as without the interruption. A finished run is
+            returned as it is; where there is no run, one is started.
+        overwrite: delete what a former run wrote there, once the new one is ready to start.
+
+    Returns:
+        Where the results lie, and the figures.
+
+    Raises:
+        UserError: anything wrong with the recipe, the data, the model or the folder; or (`NonFiniteError`) a loss that is
+            not finite.
+        Interrupted: Ctrl-C; the text says how to go on.
+    """
+    folder = RunFolder(Path(recipe.output_dir))
+    folder.check(recipe, resume=resume, overwrite=overwrite)
+    if resume and folder.metrics.exists():
+        log.info("the run in %s is finished already", folder.root)
+        return RunResult(folder, json.loads(folder.metrics.read_text(encoding="utf-8")))
+    with deterministic(recipe.seed):
+        return _run(recipe, folder, overwrite=overwrite)
+
+
+def _run(recipe: Recipe, folder: RunFolder, *, overwrite: bool) -> RunResult:
+    task = make_task(**recipe.task)
+    args = training_arguments(recipe, task, str(folder.checkpoints))
+    tables = _read(recipe, task)
+    base = load_base(recipe.model, task, dtype=recipe.dtype)
+    limit = input_limit(recipe.max_length, base)
+    with without_dataset_bars(bool(args.disable_tqdm)):
+        splits = {
+            name: _Split(table, task.encode(table, base.tokenizer, limit, split=name)) for name, table in tables.items()
+        }
+    model = apply_method(base, recipe.method, task.peft_task_type)
+    current = SavedModel(model, base.tokenizer, task, limit, evaluation_arguments(args))
+
+    if overwrite:
+        folder.clear()
+    folder.open(recipe)
+    checkpoint = _checkpoint(folder)
+
+    shows = not args.disable_tqdm
+    before, _ = _evaluate(current, splits["test"], "test, before" if shows else None)
+    interrupt = StopOnInterrupt()
+    bars = ProgressBars(task.main_metric, "validation")
+    trainer = make_trainer(
+        task,
+        model,
+        base.tokenizer,
+        args,
+        train=splits["train"].encoded,
+        validation=splits["validation"].encoded if "validation" in splits else None,
+        callbacks=[SealAndRotate(kept_checkpoints(recipe)), interrupt, *([bars] if shows else [])],
+    )
+    reset_peak_memory()
+    try:
+        with interrupt.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(_how_to_go_on(str(stop) or "interrupted", folder)) from None
+    finally:
+        bars.close()
+    memory, memory_kind = peak_memory()
+    after, rows = _evaluate(current, splits["test"], "test, after" if shows else None)
+
+    counts = count_parameters(model)
+    metrics = {
+        "version": _METRICS_VERSION,
+        "model": recipe.model,
+        "task": task.name,
+        "method": recipe.method["name"],
+        "main_metric": task.main_metric,
+        "greater_is_better": task.greater_is_better,
+        "before": before,
+        "after": after,
+        "trainable_parameters": counts.trainable,
+        "total_parameters": counts.total,
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "checkpoint_step": _chosen_step(trainer),
+        "resumed_from_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
+        "seconds_per_step": _seconds_per_step(trainer.state),
+        "peak_memory_bytes": memory,
+        "peak_memory_kind": memory_kind,
+        "rows": {name: len(split.table) for name, split in splits.items()},
+        "device": _device(args.device),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "turnrow": __version__,
+            "python": sys.version.split()[0],
+            **{name: version(name) for name in _PACKAGES},
+        },
+        "seed": recipe.seed,
+    }
+    _write(folder, recipe, current, metrics, trainer.state.log_history, rows)
+    return RunResult(folder, metrics)
+
+
+def _read(recipe: Recipe, task: Task) -> dict[str, Dataset]:
+    sources = {"train": recipe.data.train, "validation": recipe.data.validation, "test": recipe.data.test}
+    tables = {name: read_table(source, name) for name, source in sources.items() if source is not None}
+    task.fit(tables["train"])
+    return tables
+
+
+def _checkpoint(folder: RunFolder) -> Path | None:
+    """The checkpoint to go on from; those cut short are deleted."""
+    for broken in discard_incomplete(folder.checkpoints):
+        log.warning("%s was cut short and is deleted", broken)
+    checkpoint = last_complete(folder.checkpoints)
+    if checkpoint is not None:
+        log.info("resuming from %s", checkpoint)
+    return checkpoint
+
+
+def _evaluate(
+    current: SavedModel, split: _Split, progress: str | None
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    predictions, labels = current.logits(split.encoded, progress=progress)
+    metrics = current.task.metrics(predictions, labels, split.encoded)
+    return metrics, prediction_rows(current.task, split.table, split.encoded, predictions)
+
+
+def _how_to_go_on(what: str, folder: RunFolder) -> str:
+    checkpoint = last_complete(folder.checkpoints)
+    kept = f"{checkpoint} is kept" if checkpoint else "no checkpoint had been written yet"
+    return f"{what}; {kept}. Go on with the same command and --resume"
+
+
+def _chosen_step(trainer: Trainer) -> int:
+    if trainer.args.load_best_model_at_end and trainer.state.best_global_step:
+        return trainer.state.best_global_step
+    return trainer.state.global_step
+
+
+def _seconds_per_step(state: TrainerState) -> float | None:
+    """Median over the log entries, so that the first steps, which warm up, do not count."""
+    seconds = [entry["seconds_per_step"] for entry in state.log_history if "seconds_per_step" in entry]
+    return statistics.median(seconds) if seconds else None
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _write(
+    folder: RunFolder,
+    recipe: Recipe,
+    current: SavedModel,
+    metrics: dict[str, Any],
+    history: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
+) -> None:
+    """Write the results; ``metrics.json`` last, since it says that the run is finished."""
+    from turnrow.training.curve import draw_curve
+    from turnrow.training.report import write_report
+
+    # For whoever gets the adapter alone: what it was trained with and how well it did. No timings and no place of this
+    # run, so that the same run gives the same files.
+    kept = {name: value for name, value in recipe.to_dict().items() if name != "output_dir"}
+    figures = {name: metrics[name] for name in ("before", "after")}
+    save_run(folder.adapter, current, recipe, provenance={"recipe": kept, "metrics": figures})
+    write_predictions(folder.predictions, rows)
+    write_lines(folder.history, [json.dumps(entry) + "\n" for entry in history])
+    draw_curve(folder.curve, history, metrics)
+    write_report(folder.report, folder.curve, recipe, metrics, rows)
+    write_json(folder.metrics, metrics)

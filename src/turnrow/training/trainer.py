@@ -1,0 +1,167 @@
+"""transformers' Trainer, configured. Which class of Trainer and which collator a task gets is decided here alone."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PredictionOutput
+
+from turnrow.errors import UserError
+from turnrow.tasks import Task
+from turnrow.training.finite import FiniteGuard, check_loss
+from turnrow.training.measure import StepClock
+from turnrow.training.progress import ProgressBars
+from turnrow.training.recipe import Recipe
+
+__all__ = ["EVALUATION_ARGUMENTS", "evaluation_arguments", "make_trainer", "predict_split", "training_arguments"]
+
+DEFAULT_KEPT_CHECKPOINTS = 2
+
+# Those training arguments on which the numbers of an evaluation depend; kept with the adapter.
+EVALUATION_ARGUMENTS = ("per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32")
+
+
+class GuardedTrainer(Trainer):
+    """Trainer that refuses a loss that is not finite, logs the seconds per step, and prints nothing by itself."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._clock = StepClock()
+        self.add_callback(self._clock)
+        self.add_callback(FiniteGuard())
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        check_loss(loss, self.args, self.state)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and (seconds := self._clock.drain()) is not None:
+            logs["seconds_per_step"] = seconds
+        super().log(logs, *args, **kwargs)
+
+
+def make_trainer(
+    task: Task,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+    *,
+    train: Dataset | None = None,
+    validation: Dataset | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    """The Trainer for a task."""
+    return GuardedTrainer(
+        model=model,
+        args=args,
+        data_collator=task.collator(tokenizer),
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        compute_metrics=lambda kept: task.metrics(kept.predictions, kept.label_ids, validation),
+        preprocess_logits_for_metrics=task.reduce_logits,
+        callbacks=list(callbacks),
+    )
+
+
+def training_arguments(recipe: Recipe, task: Task, folder: str) -> TrainingArguments:
+    """The user's training arguments over our defaults.
+
+    Defaults that differ from transformers': a checkpoint and, where there is a validation split, an evaluation at the end
+    of every epoch; about fifty log entries; nothing reported to outside services; the task's main metric chooses the best
+    checkpoint when ``load_best_model_at_end`` is set.
+    """
+    given = dict(recipe.training)
+    evaluates = recipe.data.validation is not None
+    if not evaluates and (
+        given.get("load_best_model_at_end") or given.get("eval_strategy", "no") != "no" or given.get("eval_on_start")
+    ):
+        raise UserError("training evaluates on the validation split, but data.validation is missing; name a file there")
+    eval_strategy = given.get("eval_strategy", ("steps" if "eval_steps" in given else "epoch") if evaluates else "no")
+    follows = eval_strategy if given.get("load_best_model_at_end") else "epoch"
+    defaults: dict[str, Any] = {
+        "eval_strategy": eval_strategy,
+        "save_strategy": "steps" if "save_steps" in given else follows,
+        "logging_strategy": "steps",
+        "logging_steps": 0.02,
+        "report_to": "none",
+        "label_names": list(task.label_names),
+        # Our own guard looks at every loss.
+        "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    if given.get("load_best_model_at_end") and "metric_for_best_model" not in given:
+        defaults |= {"metric_for_best_model": task.main_metric, "greater_is_better": task.greater_is_better}
+    if follows == "steps" and "eval_steps" in given:
+        defaults["save_steps"] = given["eval_steps"]
+    # Checkpoints are deleted by our own callback, only after the newest is sealed.
+    arguments = {**defaults, **given, "save_total_limit": None}
+    return _build(arguments, output_dir=folder, seed=recipe.seed, data_seed=recipe.seed)
+
+
+def kept_checkpoints(recipe: Recipe) -> int | None:
+    """How many checkpoints to keep: the user's ``save_total_limit``, else two."""
+    return recipe.training.get("save_total_limit", DEFAULT_KEPT_CHECKPOINTS)
+
+
+def evaluation_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The part of `args` that an evaluation needs to give the same numbers again, as plain values."""
+    return {name: getattr(args, name) for name in EVALUATION_ARGUMENTS}
+
+
+def predict_split(
+    task: Task,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Dataset,
+    evaluation: Mapping[str, Any],
+    *,
+    progress: str | None = None,
+) -> PredictionOutput:
+    """Predictions for the rows of `encoded`, in their order.
+
+    The figures of a run and those of ``evaluate`` and ``predict`` all come from here, from the same batches in the same
+    order, so that they are equal to the last bit.
+
+    Args:
+        task: gives the collator.
+        model: the adapted model.
+        tokenizer: pads the batches.
+        encoded: as `Task.encode` returns it.
+        evaluation: as `evaluation_arguments` returns it.
+        progress: the label of a progress bar; None for no bar.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        args = _build(
+            {
+                **evaluation,
+                "report_to": "none",
+                "label_names": list(task.label_names),
+                "dataloader_pin_memory": torch.cuda.is_available(),
+            },
+            output_dir=scratch,
+        )
+        bars = ProgressBars(task.main_metric, progress or "")
+        trainer = make_trainer(task, model, tokenizer, args, callbacks=[bars] if progress else [])
+        # The caller computes them, from the predictions and with the rows at hand.
+        trainer.compute_metrics = None
+        try:
+            return trainer.predict(encoded)
+        finally:
+            bars.close()
+
+
+def _build(arguments: Mapping[str, Any], **ours: Any) -> TrainingArguments:
+    try:
+        return TrainingArguments(**arguments, **ours)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"training: {error}") from error
