@@ -1,0 +1,112 @@
+"""The methods that are compared, each as a function from a frozen model to the model that trains with it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from unittest.mock import patch
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from benchmarks.rocoft_reference import ReferenceColumns, ReferenceRows
+
+__all__ = ["LIMIT", "METHODS", "Method", "sharing_copy"]
+
+LIMIT = "frozen"
+"""The yardstick: forward, and backward to the inputs, with no weight trained."""
+
+RANK = 3
+LORA_RANK = 8
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table."""
+
+    title: str
+    apply: Callable[[PreTrainedModel, list[str]], nn.Module]
+    """Takes a frozen model, which it may change, and the names of the linear layers to adapt."""
+
+
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of `model` whose frozen parameters lie in the same storage, so that all methods see one set of weights."""
+    memo: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    memo |= {id(buffer): buffer for buffer in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def _frozen(model: PreTrainedModel, targets: list[str]) -> nn.Module:
+    return model
+
+
+def _full(model: PreTrainedModel, targets: list[str]) -> nn.Module:
+    return model.requires_grad_(True)
+
+
+def _lora(model: PreTrainedModel, targets: list[str]) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets))
+
+
+def _road_of_peft(model: PreTrainedModel, targets: list[str]) -> nn.Module:
+    from peft import PeftType, RoadConfig, get_peft_model
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.road import RoadModel
+
+    # Importing turnrow gives peft's ROAD type another layer; the comparison is with peft's own.
+    with patch.dict(PEFT_TYPE_TO_TUNER_MAPPING, {PeftType.ROAD: RoadModel}):
+        adapted = get_peft_model(model, RoadConfig(variant="road_1", target_modules=targets))
+    if type(adapted.base_model) is not RoadModel:
+        raise RuntimeError(f"expected peft's own RoadModel, got {type(adapted.base_model)}")
+    return adapted
+
+
+def _reference(
+    layer: type[ReferenceRows] | type[ReferenceColumns],
+) -> Callable[[PreTrainedModel, list[str]], nn.Module]:
+    def apply(model: PreTrainedModel, targets: list[str]) -> nn.Module:
+        for name in targets:
+            model.set_submodule(name, layer(model.get_submodule(name), RANK))
+        return model
+
+    return apply
+
+
+def _rocoft(mode: str) -> Callable[[PreTrainedModel, list[str]], nn.Module]:
+    def apply(model: PreTrainedModel, targets: list[str]) -> nn.Module:
+        from peft import get_peft_model
+
+        from turnrow import RocoftConfig
+
+        return get_peft_model(model, RocoftConfig(r=RANK, mode=mode, target_modules=targets))
+
+    return apply
+
+
+def _road(variant: str) -> Callable[[PreTrainedModel, list[str]], nn.Module]:
+    def apply(model: PreTrainedModel, targets: list[str]) -> nn.Module:
+        from peft import get_peft_model
+
+        from turnrow import RoadConfig
+
+        return get_peft_model(model, RoadConfig(variant=variant, target_modules=targets))
+
+    return apply
+
+
+METHODS: dict[str, Method] = {
+    LIMIT: Method("the limit: frozen model", _frozen),
+    "full": Method("full fine-tuning", _full),
+    "lora": Method(f"LoRA r={LORA_RANK} (peft)", _lora),
+    "road_peft": Method("RoAd1 (peft)", _road_of_peft),
+    "rocoft_reference_rows": Method(f"RoCoFT rows r={RANK}, paper's Algorithm 1", _reference(ReferenceRows)),
+    "rocoft_reference_columns": Method(f"RoCoFT columns r={RANK}, paper's Algorithm 1", _reference(ReferenceColumns)),
+    "rows": Method(f"**RoCoFT rows r={RANK}**", _rocoft("row")),
+    "columns": Method(f"**RoCoFT columns r={RANK}**", _rocoft("column")),
+    "road_1": Method("**RoAd1**", _road("road_1")),
+    "road_2": Method("**RoAd2**", _road("road_2")),
+    "road_4": Method("**RoAd4**", _road("road_4")),
+}
