@@ -1,0 +1,87 @@
+"""What the README shows is so: its Python runs and prints what it says, its commands, options and files exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+
+
+BLOCKS = [
+    Block(*found)
+    for found in re.findall(
+        r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+]
+PYTHON = [(block, following) for block, following in pairwise(BLOCKS) if block.language == "python"]
+COMMANDS = [
+    shlex.split(line, comments=True)[1:]
+    for block in BLOCKS
+    if block.language == "bash"
+    for line in block.code.splitlines()
+    if line.startswith("turnrow ")
+]
+
+
+@pytest.mark.parametrize(("block", "following"), PYTHON, ids=range(len(PYTHON)))
+def test_python_runs_and_prints_what_it_says(block: Block, following: Block, capsys: pytest.CaptureFixture) -> None:
+    exec(compile(block.code, "README.md", "exec"), {})
+    assert capsys.readouterr().out == (following.code if following.language == "text" else "")
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    """The help page of every command that the README uses."""
+    pages = {}
+    for name in {command[0] for command in COMMANDS}:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "turnrow", name, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        pages[name] = done.stdout
+    return pages
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_commands_and_options_exist(command: list[str], helps: dict[str, str]) -> None:
+    from turnrow.training import Recipe
+
+    name, *arguments = command
+    options = [argument for argument in arguments if argument.startswith("--")]
+    own = [option for option in options if re.search(rf"{option}\b", helps[name])]
+    overrides = (
+        arguments[arguments.index(min(set(options) - set(own), key=arguments.index)) :] if own != options else []
+    )
+    if name == "train":
+        assert Recipe.from_yaml(ROOT / arguments[arguments.index("--config") + 1], overrides)
+    else:
+        assert not overrides
+
+
+def test_recipe_is_one() -> None:
+    from turnrow.training import Recipe
+
+    (text,) = (block.code for block in BLOCKS if block.language == "yaml")
+    assert Recipe.from_dict(yaml.safe_load(text))
+
+
+def test_files_that_it_links_exist() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert links
+    assert all((ROOT / link).is_file() for link in links)
