@@ -1,0 +1,31 @@
+"""An adapter as a thing on disk: safe reading, the manifest that ties it to its base, inspection, merging, export.
+
+Files are peft's (``adapter_config.json`` and ``adapter_model.safetensors``); ``turnrow.json`` beside them is ours.
+"""
+
+from __future__ import annotations
+
+from turnrow.adapters.adapter_file import AdapterFile
+from turnrow.adapters.base_model import load_base, load_processor, skeleton
+from turnrow.adapters.inspection import AdapterSummary, ModuleSummary, inspect_adapter
+from turnrow.adapters.loading import load_adapter
+from turnrow.adapters.lora import export_lora
+from turnrow.adapters.manifest import write_manifest
+from turnrow.adapters.merging import MergeResult, merge_adapter
+from turnrow.adapters.reading import read_adapter
+
+__all__ = [
+    "AdapterFile",
+    "AdapterSummary",
+    "MergeResult",
+    "ModuleSummary",
+    "export_lora",
+    "inspect_adapter",
+    "load_adapter",
+    "load_base",
+    "load_processor",
+    "merge_adapter",
+    "read_adapter",
+    "skeleton",
+    "write_manifest",
+]

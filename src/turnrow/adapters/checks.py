@@ -1,0 +1,239 @@
+"""Do the tensors of an adapter fit its configuration, and the model they are to be put on?
+
+peft ignores what it does not expect in an adapter file and leaves at its initial value what it does not find;
+for RoCoFT and RoAd every such case is an error here. The files of other methods are left to peft.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from turnrow.adapters.adapter_file import AdapterFile
+from turnrow.adapters.fingerprint import fingerprint, weight_shape
+from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
+from turnrow.errors import UserError, near_matches
+
+__all__ = ["check_against_config", "check_against_model", "check_base", "check_finite"]
+
+# axis: the one of the delta that runs over the chosen rows (of the weight, (out, in)) or columns
+_ROCOFT_PARTS = {"row": ("rocoft_row", "rocoft_row_index", 0), "column": ("rocoft_column", "rocoft_column_index", 1)}
+_ROCOFT_BIAS = "rocoft_bias"
+_ROAD_NAMES = {"road_theta", "road_alpha"}
+# parameters per output feature
+_ROAD_SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}
+
+
+def check_against_config(adapter: AdapterFile) -> None:
+    """Check the tensors of a RoCoFT or RoAd adapter against its own configuration (and the shapes in its manifest).
+
+    Raises:
+        UserError: names the tensor, what it is and what the configuration asks for.
+    """
+    if adapter.method not in ("ROCOFT", "ROAD"):
+        return
+    path = adapter.path / WEIGHTS_NAME
+    stray = next((key for key in adapter.tensors if not key.startswith(KEY_PREFIX)), None)
+    if stray is not None:
+        raise UserError(
+            f"{path}: the tensor {stray!r} does not begin with {KEY_PREFIX!r}, as those of a peft adapter do"
+        )
+    if not adapter.modules:
+        raise UserError(
+            f"{path} holds no {adapter.method} tensors, only {', '.join(sorted(adapter.saved_modules)[:3])}"
+        )
+    for module, tensors in adapter.modules.items():
+        shape = adapter.base_prints[module].shape if module in adapter.base_prints else None
+        check = _check_rocoft if adapter.method == "ROCOFT" else _check_road
+        check(f"{path}: module {module!r}", module, tensors, adapter.config, shape)
+
+
+def check_finite(adapter: AdapterFile) -> None:
+    """Refuse an adapter that holds NaN or infinite values (UserError names the first tensor)."""
+    bad = adapter.non_finite()
+    if bad:
+        key, count = next(iter(bad.items()))
+        more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        raise UserError(
+            f"{adapter.path / WEIGHTS_NAME}: {key}{more} holds {count} NaN or infinite values of "
+            f"{adapter.tensors[key].numel()}: the training diverged; use an earlier checkpoint"
+        )
+
+
+def check_against_model(adapter: AdapterFile, model: torch.nn.Module) -> None:
+    """Check that `model` (without adapters) has every module of a RoCoFT or RoAd adapter, in the right size.
+
+    Raises:
+        UserError: names the first module or parameter that is missing or has another size.
+    """
+    if adapter.method not in ("ROCOFT", "ROAD"):
+        return
+    named = dict(model.named_modules())
+    for module, tensors in adapter.modules.items():
+        if module not in named:
+            hint = near_matches(module, named)
+            raise UserError(f"{_another_base(adapter)}: this {type(model).__name__} has no module {module!r}{hint}")
+        shape = weight_shape(named[module])
+        if shape is None:
+            raise UserError(
+                f"{_another_base(adapter)}: module {module!r}, a {type(named[module]).__name__}, has no weight"
+            )
+        check = _check_rocoft if adapter.method == "ROCOFT" else _check_road
+        check(f"{_another_base(adapter)}: module {module!r}", module, tensors, adapter.config, shape)
+        if _ROCOFT_BIAS in tensors:
+            _check_bias(f"{_another_base(adapter)}: module {module!r}", tensors[_ROCOFT_BIAS], named[module])
+    _check_saved_modules(adapter, model)
+
+
+def check_base(adapter: AdapterFile, model: torch.nn.Module) -> None:
+    """Compare the weights of `model` (without adapters) with the fingerprints in the adapter's manifest, if it has one.
+
+    Raises:
+        UserError: names the first module that is missing or differs beyond rounding.
+    """
+    named = dict(model.named_modules())
+    for module, expected in adapter.base_prints.items():
+        found = fingerprint(named[module], adapter.modules.get(module, {})) if module in named else None
+        difference = "it is missing here" if found is None else expected.difference(found)
+        if difference is not None:
+            raise UserError(
+                f"{_another_base(adapter)}: the first module that differs is {module!r}: {difference}. "
+                "Load the model that it was trained on, or pass check_base=False (--no-check-base on the command line) to use it all the same"
+            )
+
+
+def _another_base(adapter: AdapterFile) -> str:
+    name = f" ({adapter.base_name})" if adapter.base_name else ""
+    return f"the adapter in {adapter.path} belongs to another base{name}"
+
+
+def _check_rocoft(
+    where: str, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], shape: tuple[int, ...] | None
+) -> None:
+    mode, bias = config.get("mode"), config.get("bias")
+    if mode not in list(_ROCOFT_PARTS):
+        raise UserError(f"{where}: the configuration's mode is {mode!r}, allowed are 'row' and 'column'")
+    name, index_name, axis = _ROCOFT_PARTS[mode]
+    unknown = sorted(set(tensors) - {name, index_name, _ROCOFT_BIAS})
+    if unknown:
+        raise UserError(f"{where}: unexpected tensor {unknown[0]!r} for mode {mode!r}")
+    if _ROCOFT_BIAS in tensors:
+        if bias not in ("rocoft_only", "all"):
+            raise UserError(f"{where}: {_ROCOFT_BIAS} is in the file, and the configuration says bias={bias!r}")
+        if tensors[_ROCOFT_BIAS].ndim != 1 or not tensors[_ROCOFT_BIAS].is_floating_point():
+            raise UserError(f"{where}: {_ROCOFT_BIAS} must be a vector, got {_describe(tensors[_ROCOFT_BIAS])}")
+        if bias == "all" and len(tensors) == 1:
+            return  # a module of which only the bias is trained
+    for key in (name, index_name):
+        if key not in tensors:
+            raise UserError(
+                f"{where}: the tensor {key!r} is missing (mode {mode!r}; the file has {', '.join(tensors)})"
+            )
+    delta, index = tensors[name], tensors[index_name]
+    if delta.ndim != 2 or not delta.is_floating_point():
+        raise UserError(f"{where}: {name} must be a floating-point matrix, got {_describe(delta)}")
+    if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32):
+        raise UserError(f"{where}: {index_name} must be a vector of int64, got {_describe(index)}")
+    if len(index) != delta.shape[axis]:
+        raise UserError(f"{where}: {index_name} has {len(index)} entries for the {delta.shape[axis]} {mode}s of {name}")
+    _check_rank(where, module, len(index), mode, config)
+    if shape is not None and len(shape) != 2:
+        raise UserError(f"{where}: its weight has shape {list(shape)}, {mode}s are of matrices")
+    _check_index(where, index_name, index.tolist(), None if shape is None else shape[axis])
+    if shape is not None and delta.shape[1 - axis] != shape[1 - axis]:
+        raise UserError(f"{where}: {name} is {_describe(delta)}, the weight is {shape[0]} x {shape[1]} (out x in)")
+
+
+def _check_rank(where: str, module: str, rank: int, mode: str, config: Mapping[str, Any]) -> None:
+    # with explicit indices the rank is as many as were given for the module
+    if config.get("indices"):
+        return
+    pattern = config.get("rank_pattern") or {}
+    try:
+        expected = pattern.get(get_pattern_key(list(pattern), module), config.get("r"))
+    except (AttributeError, TypeError, re.error) as error:
+        raise UserError(f"{where}: the configuration's rank_pattern {pattern!r} is unusable: {error}") from error
+    if rank != expected:
+        raise UserError(f"{where}: the file holds {rank} {mode}s, the configuration asks for r={expected}")
+
+
+def _check_index(where: str, name: str, index: list[int], size: int | None) -> None:
+    seen: set[int] = set()
+    for position in index:
+        if position < 0 or (size is not None and position >= size):
+            allowed = "0 or more" if size is None else f"0 to {size - 1}"
+            raise UserError(f"{where}: {name} holds {position}, out of range: allowed is {allowed}")
+        if position in seen:
+            raise UserError(f"{where}: {name} holds {position} twice; each row or column may be named once")
+        seen.add(position)
+
+
+def _check_bias(where: str, change: Tensor, module: torch.nn.Module) -> None:
+    bias = getattr(module, "bias", None)
+    if not isinstance(bias, Tensor) or bias.shape != change.shape:
+        held = _describe(bias) if isinstance(bias, Tensor) else "no bias"
+        raise UserError(f"{where}: {_ROCOFT_BIAS} is {_describe(change)}, the module has {held}")
+
+
+def _check_road(
+    where: str,
+    module: str,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    shape: tuple[int, ...] | None,
+) -> None:
+    variant, group = config.get("variant"), config.get("group_size")
+    if variant not in _ROAD_SIZES:
+        raise UserError(
+            f"{where}: the configuration's variant is {variant!r}, allowed are {', '.join(map(repr, _ROAD_SIZES))}"
+        )
+    if not isinstance(group, int) or group < 2 or group % 2:
+        raise UserError(f"{where}: the configuration's group_size is {group!r}, an even number from 2 on is needed")
+    if set(tensors) != _ROAD_NAMES:
+        raise UserError(
+            f"{where}: the tensors must be road_theta and road_alpha, the file has {', '.join(sorted(tensors))}"
+        )
+    sizes = {name: _describe(tensors[name]) for name in sorted(_ROAD_NAMES)}
+    if (
+        any(tensor.ndim != 1 or not tensor.is_floating_point() for tensor in tensors.values())
+        or len(set(sizes.values())) != 1
+    ):
+        raise UserError(f"{where}: road_theta and road_alpha must be floating-point vectors of one size, got {sizes}")
+    out = len(tensors["road_theta"]) / _ROAD_SIZES[variant]
+    if out % group:
+        raise UserError(
+            f"{where}: {variant} with {sizes['road_theta']} means {out:g} output features, no multiple of group_size {group}"
+        )
+    if shape is not None and out != shape[0]:
+        raise UserError(
+            f"{where}: {variant} with {sizes['road_theta']} means {out:g} output features, the weight has {shape[0]}"
+        )
+
+
+def _check_saved_modules(adapter: AdapterFile, model: torch.nn.Module) -> None:
+    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name, tensor in adapter.saved_modules.items():
+        if name not in held:
+            hint = near_matches(name, held)
+            raise UserError(
+                f"{_another_base(adapter)}: it saved {name!r}, which this {type(model).__name__} does not have{hint}"
+            )
+        if held[name].shape != tensor.shape:
+            labels = (
+                " (load it with as many labels: num_labels=...)"
+                if tensor.ndim and tensor.shape[1:] == held[name].shape[1:]
+                else ""
+            )
+            raise UserError(
+                f"{_another_base(adapter)}: it saved {name!r} with shape {list(tensor.shape)}, here it has "
+                f"{list(held[name].shape)}{labels}"
+            )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

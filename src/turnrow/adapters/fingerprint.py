@@ -1,0 +1,162 @@
+"""A cheap fingerprint of the base weights an adapter was trained on: is this model that base?
+
+Of each adapted weight W (out x in) we keep its shape and 32 values at fixed positions. The i-th position of n is
+
+    row = floor(out * frac(i / p)),  column = floor(in * frac(i / p^2)),  i = 1..n,  p = 1.32471795724...
+
+the R2 sequence, which spreads over a rectangle without falling into its rows or columns
+(M. Roberts, "The Unreasonable Effectiveness of Quasirandom Sequences", 2018). For a RoCoFT adapter, half of the
+values come from the whole weight and half from its own rows or columns, where an adapter merged into the base shows.
+
+Two weights are taken for the same when every value agrees to within what rounding can do to it,
+
+    |a - b| <= 2^-7 max(|a|, |b|) + 2^-24,
+
+twice the unit roundoff of bfloat16, plus the spacing of the smallest float16: the same checkpoint in float32, bfloat16
+and float16 is one base. Values are kept and not a hash of them, because rounding twice (float32 to bfloat16, against
+float32 to float16) may end in neighbouring numbers. A further fine-tuned base is told apart as soon as one small
+weight among the 32 of a module moves by more than 0.8 % of itself. Quantized, sharded and meta weights have no values
+to compare: for them only the shape counts.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from turnrow.errors import UserError
+
+__all__ = ["WeightPrint", "fingerprint", "weight_shape"]
+
+SAMPLES = 32
+_PLASTIC = 1.32471795724474602596
+_RELATIVE, _ABSOLUTE = 2.0**-7, 2.0**-24
+
+
+@dataclass(frozen=True)
+class WeightPrint:
+    """What is kept of one base weight."""
+
+    shape: tuple[int, ...]
+    """(out, in), also for transformers' Conv1D, whose stored weight is (in, out)."""
+
+    transposed: bool
+    """The module stores its weight as (in, out): a Conv1D."""
+
+    sample: torch.Tensor | None
+    """(32,) float32, the values at the fixed positions; None for a weight that cannot be read as plain numbers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values; the sample is the base64 of little-endian float32."""
+        sample = None if self.sample is None else _encode(self.sample)
+        return {"shape": list(self.shape), "transposed": self.transposed, "sample": sample}
+
+    @classmethod
+    def from_dict(cls, value: Any, where: str) -> WeightPrint:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            UserError: something is missing or of another kind; `where` names the place.
+        """
+        try:
+            shape = tuple(value["shape"])
+            transposed, text = value["transposed"], value["sample"]
+            sample = None if text is None else _decode(text)
+        except (TypeError, KeyError, ValueError, binascii.Error) as error:
+            raise UserError(f"{where} is damaged: {type(error).__name__} {error}") from error
+        if not all(isinstance(size, int) and size > 0 for size in shape) or not isinstance(transposed, bool):
+            raise UserError(f"{where} is damaged: shape {value['shape']!r}, transposed {transposed!r}")
+        if sample is not None and (len(shape) != 2 or len(sample) != SAMPLES):
+            raise UserError(
+                f"{where} is damaged: {len(sample)} values for a weight of shape {list(shape)}, {SAMPLES} are expected"
+            )
+        return cls(shape, transposed, sample)
+
+    def difference(self, other: WeightPrint) -> str | None:
+        """Say in words how `other` differs from this one beyond rounding; None if it does not."""
+        if self.shape != other.shape:
+            return f"its weight is {_by(other.shape)} here and was {_by(self.shape)}"
+        if self.sample is None or other.sample is None:
+            return None
+        close = (self.sample - other.sample).abs() <= _RELATIVE * torch.maximum(
+            self.sample.abs(), other.sample.abs()
+        ) + _ABSOLUTE
+        wrong = (~(close | (self.sample == other.sample))).nonzero().flatten().tolist()
+        if not wrong:
+            return None
+        here, there = other.sample[wrong[0]].item(), self.sample[wrong[0]].item()
+        return f"{len(wrong)} of {SAMPLES} sampled weights differ beyond rounding, the first is {here:.6g} here and was {there:.6g}"
+
+
+def fingerprint(module: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> WeightPrint | None:
+    """Take the fingerprint of a base module, which must hold its original weight at this moment.
+
+    Args:
+        module: a linear layer (or another module with a `weight`), without adapter.
+        parameters: the adapter's tensors for this module; an index tensor of RoCoFT says which rows or columns are its own.
+
+    Returns:
+        The fingerprint, or None if the module has no `weight`.
+    """
+    shape, weight = weight_shape(module), getattr(module, "weight", None)
+    if shape is None or not isinstance(weight, torch.Tensor):
+        return None
+    transposed = isinstance(module, Conv1D)
+    if not _is_plain(weight) or weight.ndim != 2 or not weight.numel():
+        return WeightPrint(shape, transposed, None)
+    view = weight.detach().T if transposed else weight.detach()
+    return WeightPrint(shape, transposed, _sample(view, parameters))
+
+
+def weight_shape(module: torch.nn.Module) -> tuple[int, ...] | None:
+    """The shape of a module's weight as (out, in), whatever way it is stored or packed; None if it has no `weight`."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return None
+    if isinstance(module, Conv1D):
+        return tuple(weight.shape[::-1])
+    # a quantized weight is packed into another shape than the matrix it stands for
+    out_features, in_features = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if isinstance(out_features, int) and isinstance(in_features, int):
+        return out_features, in_features
+    return tuple(weight.shape)
+
+
+def _encode(sample: torch.Tensor) -> str:
+    return base64.b64encode(sample.numpy().astype("<f4").tobytes()).decode("ascii")
+
+
+def _decode(text: str) -> torch.Tensor:
+    values = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4")
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    """Whether the elements are the weights themselves: not packed, scaled, sharded or absent."""
+    plain_type = type(weight) in (torch.Tensor, torch.nn.Parameter)
+    return plain_type and weight.is_floating_point() and weight.element_size() >= 2 and not weight.is_meta
+
+
+def _sample(weight: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    rows, columns = range(weight.shape[0]), range(weight.shape[1])
+    own_rows = parameters["rocoft_row_index"].tolist() if "rocoft_row_index" in parameters else rows
+    own_columns = parameters["rocoft_column_index"].tolist() if "rocoft_column_index" in parameters else columns
+    positions = [_position(i, rows, columns) for i in range(1, SAMPLES // 2 + 1)]
+    positions += [_position(i, own_rows, own_columns) for i in range(SAMPLES // 2 + 1, SAMPLES + 1)]
+    at = torch.tensor(positions, device=weight.device)
+    return weight[at[:, 0], at[:, 1]].float().cpu()
+
+
+def _position(i: int, rows: Any, columns: Any) -> tuple[int, int]:
+    return rows[int(len(rows) * (i / _PLASTIC % 1))], columns[int(len(columns) * (i / _PLASTIC**2 % 1))]
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a scalar"

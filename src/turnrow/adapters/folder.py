@@ -1,0 +1,157 @@
+"""The two files of peft's adapter layout, `adapter_config.json` and `adapter_model.safetensors`, read without running any code.
+
+Keys of the weights are ``base_model.model.<module>.<parameter>``, without the adapter's name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils.peft_types import PeftType
+from safetensors import SafetensorError, safe_open
+
+from turnrow.errors import UserError, near_matches
+
+__all__ = [
+    "CONFIG_NAME",
+    "KEY_PREFIX",
+    "WEIGHTS_NAME",
+    "adapter_folder",
+    "read_config",
+    "read_json_object",
+    "read_tensors",
+    "split_by_module",
+]
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def adapter_folder(path: str | os.PathLike[str]) -> Path:
+    """Return `path` as the folder of an adapter.
+
+    Raises:
+        UserError: there is no such folder, or it holds no ``adapter_config.json`` (those in folders inside are named).
+    """
+    folder = Path(path)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
+    if not folder.is_dir():
+        raise UserError(
+            f"no adapter folder {str(path)!r}: turnrow reads local folders; for one on the Hub, "
+            f"run `hf download {path} --local-dir FOLDER` first"
+        )
+    if not (folder / CONFIG_NAME).is_file():
+        inside = sorted(str(found.parent) for found in folder.glob(f"*/{CONFIG_NAME}"))
+        held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        hint = f"; did you mean {' or '.join(inside)}?" if inside else f" (it holds {held})"
+        raise UserError(f"the folder {folder} has no {CONFIG_NAME}{hint}")
+    return folder
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object.
+
+    Raises:
+        UserError: it is not UTF-8, not JSON (line and column are named) or something else than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not usable: its JSON is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, an object {{...}} is needed")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read ``adapter_config.json``.
+
+    Raises:
+        UserError: it is not a JSON object, or its `peft_type` is missing or unknown to the installed peft and turnrow.
+    """
+    path = folder / CONFIG_NAME
+    config = read_json_object(path)
+    allowed = sorted(str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING)
+    method = config.get("peft_type")
+    if method is None:
+        raise UserError(
+            f"{path} has no 'peft_type', so it is not the configuration of an adapter (keys: {', '.join(sorted(config)) or 'none'})"
+        )
+    if method not in allowed:
+        hint = near_matches(str(method), allowed) or f"; known are {', '.join(allowed)}"
+        raise UserError(f"{path}: unknown peft_type {method!r}{hint}")
+    return config
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Read ``adapter_model.safetensors``. Pickle files are never opened: unpickling runs whatever code they hold.
+
+    Raises:
+        UserError: the file is missing, is a pickle, is a Git LFS pointer, or is truncated or damaged.
+    """
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        pickles = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _PICKLES and entry.is_file())
+        # the training arguments that transformers saves beside an adapter are no weights
+        pickles = [name for name in pickles if name != "training_args.bin"]
+        if pickles:
+            raise UserError(
+                f"{folder / pickles[0]} is a pickle file, and reading one can run any code that is hidden in it: turnrow reads "
+                f"only {WEIGHTS_NAME}. If you trust the file's origin, load it once with torch.load(..., weights_only=True), "
+                f"write the tensors with safetensors.torch.save_file(tensors, '{WEIGHTS_NAME}') and delete the pickle"
+            )
+        raise UserError(
+            f"the folder {folder} has no {WEIGHTS_NAME} (it holds {', '.join(sorted(e.name for e in folder.iterdir()))})"
+        )
+    with path.open("rb") as file:
+        if file.read(20).startswith(b"version https://git"):
+            raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} ({path.stat().st_size:,} bytes) is truncated, damaged or no safetensors file: {error}"
+        ) from error
+    if not tensors:
+        raise UserError(f"{path} holds no tensors")
+    return tensors
+
+
+def split_by_module(
+    method: str, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Sort the tensors of an adapter by the module that they adapt.
+
+    Args:
+        method: the adapter's `peft_type`; peft's table says how the parameters of that method begin (``rocoft_``).
+        tensors: the contents of an adapter's file.
+
+    Returns:
+        ``{module: {parameter: tensor}}``, and the rest by full name: what `modules_to_save` holds (a classifier).
+    """
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(method))
+    modules: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    rest: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        parts = key.removeprefix(KEY_PREFIX).split(".")
+        start = next((i for i, part in enumerate(parts) if prefix and i and part.startswith(prefix)), None)
+        if start is None:
+            rest[".".join(parts)] = tensor
+        else:
+            modules[".".join(parts[:start])][".".join(parts[start:])] = tensor
+    return dict(modules), rest

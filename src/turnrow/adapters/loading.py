@@ -1,0 +1,45 @@
+"""Put a saved adapter on a model, after checking that the file is whole and the model is the adapter's base."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from turnrow.adapters.checks import check_against_model, check_finite
+from turnrow.adapters.checks import check_base as compare_base
+from turnrow.adapters.reading import read_adapter
+from turnrow.errors import UserError
+
+__all__ = ["load_adapter"]
+
+
+def load_adapter(
+    model: torch.nn.Module, path: str | os.PathLike[str], *, check_base: bool = True, is_trainable: bool = False
+) -> PeftModel:
+    """Load the adapter in `path` onto `model`, as ``PeftModel.from_pretrained`` does, and refuse what does not fit.
+
+    Args:
+        model: the base model, without adapters. It is changed in place, as peft does.
+        path: the adapter's folder.
+        check_base: compare the model's weights with the fingerprint in ``turnrow.json``. Without that file there is
+            nothing to compare with. The sizes of the modules are checked in any case.
+        is_trainable: load it for more training instead of for inference.
+
+    Raises:
+        UserError: as `read_adapter`; the adapter holds NaN or infinite values; it belongs to another base (the first
+            module that differs is named); `model` has adapters already.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise UserError(
+            f"this {type(model).__name__} has an adapter already, so its weights are not those of the base: load onto the plain "
+            "model, or add a second adapter with PeftModel.load_adapter(path, adapter_name=...)"
+        )
+    adapter = read_adapter(path)
+    check_finite(adapter)
+    check_against_model(adapter, model)
+    if check_base:
+        compare_base(adapter, model)
+    return PeftModel.from_pretrained(model, str(adapter.path), is_trainable=is_trainable)

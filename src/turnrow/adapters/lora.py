@@ -1,0 +1,137 @@
+"""Write a RoCoFT adapter in the LoRA format, which every LoRA server reads, without loss.
+
+A change of r rows or columns is a LoRA of rank r whose other factor is one-hot (Delta = B A, `turnrow.ops`):
+rows A = delta (r, in), B (out, r) one-hot; columns A (r, in) one-hot, B = delta (out, r). With alpha = r the scaling is 1
+for every module, and each entry of B A is one product with 1 plus zeros, so it equals delta exactly.
+
+The file keeps to what vLLM's loader accepts as well as peft's: plain `lora_A` and `lora_B` names, no biases, no modules
+trained whole but `classifier` and `score`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from turnrow.adapters.adapter_file import AdapterFile
+from turnrow.adapters.checks import check_against_model, check_finite
+from turnrow.adapters.fingerprint import weight_shape
+from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
+from turnrow.adapters.reading import read_adapter
+from turnrow.adapters.writing import new_folder
+from turnrow.errors import UserError
+from turnrow.ops import columns, rows
+
+__all__ = ["export_lora"]
+
+_ALLOWED_SAVED = ("classifier", "score")
+
+
+def export_lora(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, base: torch.nn.Module | None = None
+) -> Path:
+    """Write the RoCoFT adapter in `path` as a LoRA adapter into the folder `out`.
+
+    Args:
+        path: the adapter's folder.
+        out: a new or empty folder.
+        base: the base model, which may be on the meta device; needed only when the adapter has no ``turnrow.json``,
+            because a change of rows alone does not say how many rows the weight has.
+
+    Returns:
+        The folder `out`.
+
+    Raises:
+        UserError: the adapter is no RoCoFT adapter, has trained biases or other modules trained whole, holds non-finite
+            values, or the sizes of its weights are not known; `out` is not empty.
+    """
+    adapter = read_adapter(path)
+    _check_exportable(adapter)
+    check_finite(adapter)
+    if base is not None:
+        check_against_model(adapter, base)
+    tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in adapter.saved_modules.items()}
+    for module, (a, b) in _factors(adapter, base).items():
+        tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = a.contiguous()
+        tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = b.contiguous()
+    with new_folder(out) as folder:
+        _lora_config(adapter).save_pretrained(str(folder))
+        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    return Path(out)
+
+
+def _check_exportable(adapter: AdapterFile) -> None:
+    if adapter.method == "LORA":
+        raise UserError(f"{adapter.path} is a LoRA adapter already")
+    if adapter.method == "ROAD":
+        raise UserError(
+            f"{adapter.path} is a RoAd adapter: turning the outputs changes W by (R - I) W, which has full rank, so no LoRA "
+            "holds it exactly. Merge it into the base instead (`turnrow merge`)"
+        )
+    if adapter.method != "ROCOFT":
+        raise UserError(f"{adapter.path} is a {adapter.method} adapter: only ROCOFT adapters have an exact LoRA form")
+    biased = next((module for module, tensors in adapter.modules.items() if "rocoft_bias" in tensors), None)
+    if biased is not None:
+        raise UserError(
+            f"{adapter.path} has trained biases (the first in {biased!r}), and LoRA servers refuse an adapter with biases: train "
+            "with bias='none', or merge it into the base (`turnrow merge`)"
+        )
+    other = [name for name in adapter.saved_modules if not set(_ALLOWED_SAVED) & set(name.split("."))]
+    if other:
+        raise UserError(
+            f"{adapter.path} holds {other[0]!r} trained whole, and LoRA servers take only {' and '.join(_ALLOWED_SAVED)} beside the "
+            "low-rank tensors: train without it in modules_to_save, or merge it into the base (`turnrow merge`)"
+        )
+
+
+def _factors(adapter: AdapterFile, base: torch.nn.Module | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    factors = {}
+    for module, tensors in adapter.modules.items():
+        out_features, in_features = _shape(adapter, module, base)
+        if adapter.config["mode"] == "row":
+            factors[module] = rows.lora_factors(tensors["rocoft_row"], tensors["rocoft_row_index"].long(), out_features)
+        else:
+            factors[module] = columns.lora_factors(
+                tensors["rocoft_column"], tensors["rocoft_column_index"].long(), in_features
+            )
+    return factors
+
+
+def _shape(adapter: AdapterFile, module: str, base: torch.nn.Module | None) -> tuple[int, ...]:
+    if module in adapter.base_prints:
+        return adapter.base_prints[module].shape
+    shape = None if base is None else weight_shape(base.get_submodule(module))
+    if shape is None:
+        raise UserError(
+            f"{adapter.path} has no turnrow.json that says how large the weight of {module!r} is: name the base model "
+            "(base=..., or --base on the command line)"
+        )
+    return shape
+
+
+def _lora_config(adapter: AdapterFile) -> LoraConfig:
+    mode = adapter.config["mode"]
+    ranks = {module: len(tensors[f"rocoft_{mode}_index"]) for module, tensors in adapter.modules.items()}
+    r = max(ranks.values())
+    lower = {module: rank for module, rank in ranks.items() if rank != r}
+    saved = sorted({part for name in adapter.saved_modules for part in name.split(".") if part in _ALLOWED_SAVED})
+    prints = adapter.base_prints.values()
+    config = LoraConfig(
+        task_type=adapter.config.get("task_type"),
+        auto_mapping=adapter.config.get("auto_mapping"),
+        base_model_name_or_path=adapter.config.get("base_model_name_or_path"),
+        revision=adapter.config.get("revision"),
+        inference_mode=True,
+        r=r,
+        lora_alpha=r,
+        rank_pattern=lower,
+        alpha_pattern=dict(lower),
+        modules_to_save=saved or None,
+        fan_in_fan_out=bool(prints) and all(print_.transposed for print_ in prints),
+    )
+    config.target_modules = sorted(ranks)  # peft makes a set of it, whose order in the file would be another every time
+    return config

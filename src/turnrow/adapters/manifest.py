@@ -1,0 +1,216 @@
+"""`turnrow.json`, the manifest beside an adapter: what the file must be, which base it was trained on, where it comes from.
+
+    format_version   1; a reader refuses a newer one
+    versions         of turnrow, peft, transformers and torch at writing
+    files            size in bytes and SHA-256 of adapter_model.safetensors
+    base             name, class, dtype, label names and, module by module, the fingerprint of the original weight
+    provenance       whatever the writer adds (recipe, metrics), JSON values
+
+An adapter without a manifest, from stock peft for instance, is read all the same; it only cannot be checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from turnrow.adapters.fingerprint import WeightPrint, fingerprint
+from turnrow.adapters.folder import (
+    WEIGHTS_NAME,
+    adapter_folder,
+    read_config,
+    read_json_object,
+    read_tensors,
+    split_by_module,
+)
+from turnrow.adapters.writing import replace_text
+from turnrow.errors import UserError
+
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "read_manifest", "verify_weights_file", "weight_prints", "write_manifest"]
+
+MANIFEST_NAME = "turnrow.json"
+FORMAT_VERSION = 1
+
+
+def write_manifest(path: str | os.PathLike[str], model: PeftModel, **provenance: Any) -> Path:
+    """Write ``turnrow.json`` into the folder of an adapter that was just saved from `model`.
+
+    The fingerprint is that of the original base. A RoCoFT layer holds W0 + delta in the base weight while it is active,
+    so the adapters are taken off while the weights are read (which is bit-exact) and put back afterwards.
+
+    Args:
+        path: the folder that ``model.save_pretrained`` wrote.
+        model: the model with the adapter, not merged.
+        provenance: JSON values to keep with the adapter, e.g. ``recipe={...}, metrics={...}``.
+
+    Returns:
+        The path of the manifest.
+
+    Raises:
+        UserError: `model` is no PeftModel, an adapter is merged into it, it lacks a module of the adapter file, or a
+            provenance value cannot be written as JSON.
+    """
+    folder = adapter_folder(path)
+    if not isinstance(model, PeftModel):
+        raise UserError(f"write_manifest needs the PeftModel that was saved to {folder}, got {type(model).__name__}")
+    modules, rest = split_by_module(read_config(folder)["peft_type"], read_tensors(folder))
+    base = model.get_base_model()
+    with _original_weights(model):
+        layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)}
+        _check_unmerged_and_complete(folder, layers, modules)
+        prints = {
+            name: fingerprint(layer.get_base_layer(), modules[name])
+            for name, layer in layers.items()
+            if name in modules
+        }
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "versions": _versions(),
+        "files": {WEIGHTS_NAME: _file_record(folder / WEIGHTS_NAME)},
+        "base": _describe_base(base, has_head=bool(rest))
+        | {"modules": {name: print_.to_dict() for name, print_ in prints.items() if print_ is not None}},
+        "provenance": provenance,
+    }
+    try:
+        text = json.dumps(manifest, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the provenance {sorted(provenance)} cannot be written as JSON: {error}") from error
+    replace_text(folder / MANIFEST_NAME, text + "\n")
+    return folder / MANIFEST_NAME
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Read and check the manifest of an adapter folder; None if there is none.
+
+    Raises:
+        UserError: it is not JSON, lacks a part, or has a newer format version than this turnrow reads.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    manifest = read_json_object(path)
+    found = manifest.get("format_version")
+    if not isinstance(found, int) or found < 1:
+        raise UserError(f"{path}: format_version is {found!r}, a whole number from 1 to {FORMAT_VERSION} is needed")
+    if found > FORMAT_VERSION:
+        writer = manifest.get("versions")
+        by = f" by turnrow {writer['turnrow']}" if isinstance(writer, dict) and "turnrow" in writer else ""
+        raise UserError(
+            f"{path} was written in format {found}{by}, this turnrow reads up to {FORMAT_VERSION}: upgrade turnrow"
+        )
+    for part in ("versions", "files", "base", "provenance"):
+        if not isinstance(manifest.get(part), dict):
+            raise UserError(f"{path} is damaged: {part!r} is missing or no object")
+    if not isinstance(manifest["base"].get("modules"), dict):
+        raise UserError(f"{path} is damaged: 'base.modules' is missing or no object")
+    record = manifest["files"].get(WEIGHTS_NAME)
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("sha256"), str)
+        or not isinstance(record.get("bytes"), int)
+    ):
+        raise UserError(f"{path} is damaged: 'files' has no size and sha256 of {WEIGHTS_NAME}")
+    weight_prints(manifest, path)
+    return manifest
+
+
+def weight_prints(manifest: Mapping[str, Any], path: Path) -> dict[str, WeightPrint]:
+    """Return the fingerprints in a manifest by module; `path` is named when one is damaged (UserError)."""
+    entries = manifest["base"]["modules"].items()
+    return {name: WeightPrint.from_dict(value, f"{path}: the fingerprint of {name!r}") for name, value in entries}
+
+
+def verify_weights_file(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Compare the weights file with size and SHA-256 in the manifest.
+
+    Raises:
+        UserError: it is shorter (truncated), longer, or its contents were altered. A missing file is left to the reader.
+    """
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        return
+    expected = manifest["files"][WEIGHTS_NAME]
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        what = "truncated" if size < expected["bytes"] else "altered"
+        raise UserError(
+            f"{path} is {what}: it has {size:,} bytes, {MANIFEST_NAME} recorded {expected['bytes']:,}. Copy the adapter again"
+        )
+    found = _sha256(path)
+    if found != expected["sha256"]:
+        raise UserError(
+            f"{path} was altered: its SHA-256 is {found[:12]}..., {MANIFEST_NAME} recorded {expected['sha256'][:12]}.... "
+            f"Copy the adapter again; if you changed the file yourself, delete {MANIFEST_NAME} (and with it the check of the base)"
+        )
+
+
+@contextmanager
+def _original_weights(model: PeftModel) -> Iterator[None]:
+    """Take the adapters off inside the block. peft puts them back as trainable, also where they were not: undo that."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _check_unmerged_and_complete(
+    folder: Path, layers: Mapping[str, BaseTunerLayer], modules: Mapping[str, Mapping[str, torch.Tensor]]
+) -> None:
+    merged = next((name for name, layer in layers.items() if layer.merged), None)
+    if merged is not None:
+        raise UserError(
+            f"module {merged!r} has an adapter merged into it, so its original weight is not at hand: unmerge first"
+        )
+    missing = next((name for name in modules if name not in layers), None)
+    if missing is not None:
+        raise UserError(
+            f"the adapter in {folder} adapts {missing!r}, which this model does not: was it saved from another model?"
+        )
+
+
+def _describe_base(base: torch.nn.Module, *, has_head: bool) -> dict[str, Any]:
+    """Name, class and dtype of the base, and the label names where the adapter brings its own head."""
+    config = getattr(base, "config", None)
+    weight = next((parameter for parameter in base.parameters() if parameter.is_floating_point()), None)
+    described: dict[str, Any] = {
+        "name_or_path": getattr(config, "_name_or_path", None) or None,
+        "class": type(base).__name__,
+        "dtype": None if weight is None else str(weight.dtype).removeprefix("torch."),
+    }
+    if has_head and config is not None and getattr(config, "id2label", None):
+        described["head"] = {"id2label": config.id2label, "problem_type": getattr(config, "problem_type", None)}
+    return described
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("turnrow", "peft", "transformers", "torch"):
+        # a source tree on the path is not installed and has no version on record
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _file_record(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

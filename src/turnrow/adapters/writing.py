@@ -1,0 +1,73 @@
+"""Nothing is half-written: a file or a folder appears under its name only when it is complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from turnrow.errors import UserError
+
+__all__ = ["check_new_folder", "new_folder", "replace_text"]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write `text` to `path` (UTF-8) through a temporary file beside it, so that a reader sees the old or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        _default_mode(temporary, 0o666)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def check_new_folder(out: str | os.PathLike[str]) -> Path:
+    """Return `out` as a path if it is free to be made: absent, or an empty folder.
+
+    Raises:
+        UserError: it is a file or a folder that holds something.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give the name of a folder to make")
+    if out.is_dir() and any(out.iterdir()):
+        names = ", ".join(sorted(entry.name for entry in out.iterdir())[:3])
+        raise UserError(f"the folder {out} is not empty (it holds {names}): give a new folder, or empty this one")
+    return out
+
+
+@contextmanager
+def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder beside `out` that takes the name `out` when the block ends well, and goes away when not.
+
+    Args:
+        out: the folder to make. It may exist if it is empty.
+
+    Raises:
+        UserError: `out` is a file or a folder that holds something.
+    """
+    out = check_new_folder(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        yield temporary
+        _default_mode(temporary, 0o777)
+        if out.exists():
+            out.rmdir()  # empty, as checked above; replacing an empty folder is not portable
+        os.replace(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _default_mode(path: str | os.PathLike[str], mode: int) -> None:
+    # tempfile makes private files (0600, 0700); a finished one gets what open() and mkdir() would have given it
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, mode & ~umask)

@@ -1,0 +1,107 @@
+"""turnrow inspect: what is in an adapter."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from turnrow.adapters import AdapterSummary, ModuleSummary
+
+__all__ = ["HELP", "NAME", "add_arguments", "run"]
+
+NAME = "inspect"
+HELP = "Show what is in an adapter: method, base, modules, indices, sizes, norms, provenance."
+
+# In a file or a pipe there is no edge of the screen to break lines at.
+_FILE_WIDTH = 240
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument("adapter", metavar="DIR", help="the adapter's folder")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what is in the adapter; 1 if it holds values that are not finite, else 0."""
+    from turnrow.adapters import inspect_adapter
+
+    summary = inspect_adapter(args.adapter)
+    if args.json:
+        # NaN is no JSON: a norm that is not finite is printed as null
+        print(json.dumps(_finite_or_null(summary.to_dict()), indent=2, allow_nan=False))
+    else:
+        _print_tables(summary)
+    return 1 if summary.non_finite else 0
+
+
+def _print_tables(summary: AdapterSummary) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    facts = Table.grid(padding=(0, 2))
+    for name, value in _facts(summary).items():
+        if value:
+            facts.add_row(name, value)
+    console.print(facts)
+    table = Table("module", "weight", "rows or columns", "values", "norm", "dtype", box=None, padding=(0, 1))
+    for entry in (*summary.modules, *summary.saved):
+        table.add_row(*_cells(entry))
+    console.print(table)
+    for key, count in summary.non_finite.items():
+        console.print(f"not finite: {count} values of {key}")
+
+
+def _facts(summary: AdapterSummary) -> dict[str, str | None]:
+    settings = {key: value for key, value in summary.settings.items() if isinstance(value, (str, int, float))}
+    trained = f"{summary.parameters:,} in {len(summary.modules)} modules"
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary.dtypes.items())
+    return {
+        "adapter": summary.path,
+        "method": summary.method,
+        "settings": ", ".join(f"{key}={value}" for key, value in settings.items()),
+        "base": summary.base,
+        "task": summary.task_type,
+        "trained values": f"{trained} and {len(summary.saved)} parameters saved whole" if summary.saved else trained,
+        "file": f"{summary.file_bytes:,} bytes; tensors by dtype: {dtypes}",
+        "checked on loading": "file and base" if summary.fingerprinted else "sizes only (no turnrow.json)",
+        "written with": ", ".join(f"{name} {number}" for name, number in summary.versions.items()),
+        **{f"provenance: {key}": _short(value) for key, value in summary.provenance.items()},
+    }
+
+
+def _cells(entry: ModuleSummary) -> tuple[str, ...]:
+    single = len(entry.norms) == 1
+    norms = (f"{value:.4g}" if single else f"{name} {value:.4g}" for name, value in entry.norms.items())
+    return (
+        entry.name,
+        "" if entry.shape is None else " x ".join(map(str, entry.shape)),
+        "" if entry.indices is None else _short_indices(entry.indices),
+        f"{entry.parameters:,}",
+        ", ".join(norms),
+        ", ".join(entry.dtypes),
+    )
+
+
+def _short_indices(indices: list[int], most: int = 8) -> str:
+    shown = " ".join(map(str, indices[:most]))
+    return f"{shown} ... ({len(indices)})" if len(indices) > most else shown
+
+
+def _short(value: object, most: int = 100) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= most else text[:most] + "... (whole in --json)"
+
+
+def _finite_or_null(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite_or_null(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite_or_null(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
