@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
-WORDS = (
+_VOCABULARY = (
     "a the cat dog bird tree house sat ran flew slept on under in to home it was good bad great awful is not very "
     "happy sad film story man woman child eats drinks plays sees hears likes hates red green blue big small old new "
     "one two three . , ! ?"
-).split()
+)
+WORDS = _VOCABULARY.split()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -163,25 +163,28 @@ def _read_tsv(path: Path) -> pyarrow.Table:
 
 
 def _read_delimited(path: Path, *, delimiter: str, quoting: Any) -> pyarrow.Table:
-    rows, lines = [], []
+    import pyarrow
+
+    rows = []
+    first_line = 1
     reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, quoting=quoting, strict=True)
     with _long_fields():
         try:
-            header = next(reader, None)
+            header = next(reader, [])
             _check_header(header, path)
             first_line = reader.line_num + 1
             for cells in reader:
-                if cells:  # a blank line
+                if cells:  # none in a blank line
                     rows.append(_delimited_row(header, cells, f"{path}, line {first_line}"))
-                    lines.append(first_line)
                 first_line = reader.line_num + 1
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: broken row, {error}") from error
-    return _table(rows, lambda index: f"{path}, line {lines[index]}")
+            # An opening quote without its partner swallows all lines to the end: the fault is at the first of them.
+            read_to = f" (read to line {reader.line_num})" if reader.line_num > first_line else ""
+            raise UserError(f"{path}, line {first_line}: broken row{read_to}, {error}") from error
+    return pyarrow.Table.from_pylist(rows)
 
 
-def _delimited_row(header: list[str] | None, cells: list[str], place: str) -> dict[str, str]:
-    header = header or []
+def _delimited_row(header: list[str], cells: list[str], place: str) -> dict[str, str]:
     if len(cells) != len(header):
         raise UserError(
             f"{place}: ragged row, {len(cells)} cells where the header names {len(header)} columns "
@@ -190,11 +193,11 @@ def _delimited_row(header: list[str] | None, cells: list[str], place: str) -> di
     return dict(zip(header, cells, strict=True))
 
 
-def _check_header(header: list[str] | None, path: Path) -> None:
-    for column in header or []:
+def _check_header(header: list[str], path: Path) -> None:
+    for column in header:
         if not column.strip():
             raise UserError(f"{path}, line 1: the header has a column without a name: {_excerpt(repr(header))}")
-        if (header or []).count(column) > 1:
+        if header.count(column) > 1:
             raise UserError(f"{path}, line 1: the header names column {column!r} more than once")
 
 
