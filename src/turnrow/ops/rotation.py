@@ -135,7 +135,9 @@ def rotate_values(h: Tensor, blocks: Coefficients) -> Tensor:
         (..., out) in the dtype of h; computed in the wider dtype of h and the blocks.
     """
     wide = h.contiguous().to(torch.promote_types(h.dtype, blocks[0].dtype))
-    return _rotate_pairs(_pairs(wide, blocks[0]), blocks, -2).view(h.shape).to(h.dtype)
+    z = torch.empty_like(wide)  # a tensor of its own, not a view of one: its reader may overwrite it
+    _rotate_pairs(_pairs(wide, blocks[0]), blocks, dim=-2, out=_pairs(z, blocks[0]))
+    return z.to(h.dtype)
 
 
 @dataclass
@@ -321,24 +323,24 @@ def _pairs(features: Tensor, block_entry: Tensor) -> Tensor:
     return features.view(*features.shape[:-1], groups, 2, half)
 
 
-def _rotate_pairs(v: Tensor, blocks: Coefficients, dim: int) -> Tensor:
-    """R on a tensor whose dimension `dim` holds the two members of each pair; v is at least as wide as the blocks."""
+def _rotate_pairs(v: Tensor, blocks: Coefficients, *, dim: int, out: Tensor) -> None:
+    """out = R v, where dimension `dim` holds the two members of each pair; v is at least as wide as the blocks."""
     c1, s1, c2, s2 = blocks
-    out = torch.empty_like(v)
     v1, v2 = v.select(dim, 0), v.select(dim, 1)
     z1, z2 = out.select(dim, 0), out.select(dim, 1)
     torch.mul(v1, c1, out=z1).addcmul_(v2, s1, value=-1)
     torch.mul(v2, c2, out=z2).addcmul_(v1, s2)
-    return out
 
 
 def _rotate_rows(weight: Tensor, blocks: Coefficients) -> Tensor:
     """R on the rows of W (out, in): the new weight, in the wider dtype of W and the blocks."""
     groups, half = blocks[0].shape
     wide = weight.contiguous().to(torch.promote_types(weight.dtype, blocks[0].dtype))
-    rows = wide.view(groups, 2, half, -1)  # whole rows are contiguous: fast for any group size
-    c1, s1, c2, s2 = (entry.unsqueeze(-1) for entry in blocks)
-    return _rotate_pairs(rows, (c1, s1, c2, s2), 1).view(weight.shape)
+    rotated = torch.empty_like(wide)
+    rows = (groups, 2, half, wide.shape[1])  # whole rows are contiguous: fast for any group size
+    columns_of_blocks = tuple(entry.unsqueeze(-1) for entry in blocks)
+    _rotate_pairs(wide.view(rows), columns_of_blocks, dim=1, out=rotated.view(rows))
+    return rotated
 
 
 def _transpose(blocks: Coefficients) -> Coefficients:

@@ -340,7 +340,9 @@ def _given_indices(config: RocoftConfig, name: str) -> list[int] | None:
         return config.indices
     parts = name.split(".")
     # The whole name first, then shorter and shorter endings: the most specific entry wins.
-    return next((config.indices[key] for i in range(len(parts)) if (key := ".".join(parts[i:])) in config.indices), None)
+    return next(
+        (config.indices[key] for i in range(len(parts)) if (key := ".".join(parts[i:])) in config.indices), None
+    )
 
 
 def _trainable_dtype(like: Tensor) -> torch.dtype:

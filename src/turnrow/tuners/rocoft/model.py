@@ -67,12 +67,20 @@ class RocoftModel(BaseTuner):
         _mark_shared_weights(model)
 
     def _create_and_replace(
-        self, rocoft_config: RocoftConfig, adapter_name: str, target: nn.Module, target_name: str, parent, current_key: str
+        self,
+        rocoft_config: RocoftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent,
+        current_key: str,
     ) -> None:
         if isinstance(target, RocoftLinear):
             target.update_layer(adapter_name, rocoft_config, current_key)
             return
-        self._insert(RocoftLinear(target, adapter_name, rocoft_config, current_key), adapter_name, target, target_name, parent)
+        self._insert(
+            RocoftLinear(target, adapter_name, rocoft_config, current_key), adapter_name, target, target_name, parent
+        )
 
     def _wrap_other_biases(self, model: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
         """Train the biases of the modules that are no targets."""
@@ -92,14 +100,18 @@ class RocoftModel(BaseTuner):
                 )
                 inside = f"{name}."
 
-    def _insert(self, layer: nn.Module, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module) -> None:
+    def _insert(
+        self, layer: nn.Module, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module
+    ) -> None:
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trained until it is activated
         layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        ours = {id(p) for layer in _layers(model) for n in layer.adapter_layer_names for p in getattr(layer, n).values()}
+        ours = {
+            id(p) for layer in _layers(model) for n in layer.adapter_layer_names for p in getattr(layer, n).values()
+        }
         # modules_to_save decide for themselves.
         others = {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
         for parameter in model.parameters():
@@ -141,7 +153,9 @@ class RocoftModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args, **kwargs):
         """peft drops `adapter_names` in silence where a method does not know it."""
         if kwargs.get("adapter_names") is not None:
-            raise UserError("adapter_names does not work with RoCoFT: activate one adapter by set_adapter(), or merge it")
+            raise UserError(
+                "adapter_names does not work with RoCoFT: activate one adapter by set_adapter(), or merge it"
+            )
         yield
 
 
