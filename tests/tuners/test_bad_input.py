@@ -78,7 +78,7 @@ def test_bad_targets_are_named_and_the_model_is_untouched(config, message):
 
 
 def test_odd_group_size_is_refused():
-    with pytest.raises(ValueError, match="group_size must be divisible by 2 .* but got 3"):
+    with pytest.raises(ValueError, match=r"group_size must be divisible by 2 .* but got 3"):
         RoadConfig(group_size=3)
 
 
@@ -89,7 +89,7 @@ def test_an_odd_layer_cannot_be_paired():
 
 def test_the_projection_of_multihead_attention_is_refused():
     model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 8))
-    with pytest.raises(UserError, match="'0.out_proj' belongs to a torch.nn.MultiheadAttention"):
+    with pytest.raises(UserError, match=r"'0.out_proj' belongs to a torch.nn.MultiheadAttention"):
         get_peft_model(model, RocoftConfig(target_modules=["out_proj"]))
 
 

@@ -9,6 +9,8 @@ the linear layer; dy its gradient.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -67,7 +69,7 @@ def lora_factors(delta: Tensor, index: Tensor, in_features: int) -> tuple[Tensor
 
 class _ColumnGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, x_s, delta):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, y: Tensor, x_s: Tensor, delta: Tensor) -> Tensor:
         # delta is saved for the same reason as in rows: autograd's check that nothing changed it before the backward.
         ctx.save_for_backward(x_s, delta)
         ctx.mark_dirty(y)
@@ -75,7 +77,7 @@ class _ColumnGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x_s, delta = ctx.saved_tensors
         d_delta = None
         if ctx.needs_input_grad[2]:

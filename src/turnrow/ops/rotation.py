@@ -30,7 +30,7 @@ Two ways to compute z, equal up to rounding:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -152,6 +152,7 @@ class OutputWatch:
 
     @property
     def keep(self) -> Keep:
+        """What the next forward should keep."""
         return "output" if self.overwritten is False else "copy"
 
 
@@ -232,7 +233,7 @@ class _Settings:
 
 class _RotateOutput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, theta, alpha, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, h: Tensor, theta: Tensor, alpha: Tensor, settings: _Settings) -> Tensor:
         blocks = coefficients(settings.variant, settings.group_size, theta, alpha)
         z = rotate_values(h, blocks)
         _save(ctx, z, h, (theta, alpha), settings)
@@ -240,7 +241,7 @@ class _RotateOutput(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dz):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         kept, theta, alpha = _saved(ctx)
         with torch.autocast(dz.device.type, enabled=False):
             blocks = coefficients(ctx.settings.variant, ctx.settings.group_size, theta, alpha)
@@ -251,7 +252,9 @@ class _RotateOutput(torch.autograd.Function):
 
 class _RotatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, theta, alpha, settings):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, theta: Tensor, alpha: Tensor, settings: _Settings
+    ) -> Tensor:
         blocks = coefficients(settings.variant, settings.group_size, theta, alpha)
         rotated_bias = None if bias is None else _rotate_rows(bias.unsqueeze(1), blocks).squeeze(1).to(x.dtype)
         z = linear(x, _rotate_rows(weight, blocks).to(x.dtype), rotated_bias)
@@ -260,7 +263,7 @@ class _RotatedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dz):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         z, theta, alpha, weight = _saved(ctx)
         with torch.autocast(dz.device.type, enabled=False):
             blocks = coefficients(ctx.settings.variant, ctx.settings.group_size, theta, alpha)
@@ -269,7 +272,7 @@ class _RotatedLinear(torch.autograd.Function):
         return dx, None, None, d_theta, d_alpha, None
 
 
-def _save(ctx, z: Tensor, h: Tensor | None, others: tuple[Tensor, ...], settings: _Settings) -> None:
+def _save(ctx: Any, z: Tensor, h: Tensor | None, others: tuple[Tensor, ...], settings: _Settings) -> None:
     """Keep what the backward pass needs, by the choice in `settings.keep`."""
     ctx.settings = settings
     kept = h if settings.keep == "input" else z.clone() if settings.keep == "copy" else z
@@ -279,7 +282,7 @@ def _save(ctx, z: Tensor, h: Tensor | None, others: tuple[Tensor, ...], settings
         ctx.alias, ctx.version = z.detach(), z._version
 
 
-def _saved(ctx) -> tuple[Tensor, ...]:
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
     """What `_save` kept; tells the watch whether z was overwritten."""
     watch = ctx.settings.watch
     if watch is not None and ctx.settings.keep == "copy":
@@ -294,7 +297,7 @@ def _saved(ctx) -> tuple[Tensor, ...]:
 
 
 def _parameter_gradients(
-    ctx, kept: Tensor, dz: Tensor, theta: Tensor, alpha: Tensor, blocks: Coefficients, first_parameter: int = 1
+    ctx: Any, kept: Tensor, dz: Tensor, theta: Tensor, alpha: Tensor, blocks: Coefficients, first_parameter: int = 1
 ) -> tuple[Tensor | None, Tensor | None]:
     """d theta and d alpha from the kept z (or h) and dz, see the top of the file."""
     if not (ctx.needs_input_grad[first_parameter] or ctx.needs_input_grad[first_parameter + 1]):
@@ -338,8 +341,8 @@ def _rotate_rows(weight: Tensor, blocks: Coefficients) -> Tensor:
     wide = weight.contiguous().to(torch.promote_types(weight.dtype, blocks[0].dtype))
     rotated = torch.empty_like(wide)
     rows = (groups, 2, half, wide.shape[1])  # whole rows are contiguous: fast for any group size
-    columns_of_blocks = tuple(entry.unsqueeze(-1) for entry in blocks)
-    _rotate_pairs(wide.view(rows), columns_of_blocks, dim=1, out=rotated.view(rows))
+    c1, s1, c2, s2 = (entry.unsqueeze(-1) for entry in blocks)
+    _rotate_pairs(wide.view(rows), (c1, s1, c2, s2), dim=1, out=rotated.view(rows))
     return rotated
 
 

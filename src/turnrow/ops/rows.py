@@ -10,6 +10,8 @@ linear layer; dy its gradient.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -68,7 +70,7 @@ def lora_factors(delta: Tensor, index: Tensor, out_features: int) -> tuple[Tenso
 
 class _RowGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, x, delta, index):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tensor:
         # delta is not needed in the backward pass; saving it lets autograd notice when an optimizer changed it between
         # forward and backward, as it would notice for a weight.
         ctx.save_for_backward(x, index, delta)
@@ -77,7 +79,7 @@ class _RowGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, index, delta = ctx.saved_tensors
         d_delta = None
         if ctx.needs_input_grad[2]:

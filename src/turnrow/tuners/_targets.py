@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -17,14 +18,14 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from turnrow.errors import UserError, near_matches
+from turnrow.tuners._dense import dense_linear
 
-__all__ = ["find_named", "is_dense_linear", "resolve_targets"]
+__all__ = ["find_named", "resolve_targets"]
 
 
-def resolve_targets(tuner: BaseTuner, config, model: nn.Module) -> dict[str, nn.Module]:
+def resolve_targets(tuner: BaseTuner, config: Any, model: nn.Module) -> dict[str, nn.Module]:
     """Find the modules that `config` targets in `model`, by name.
 
     Replaces 'all-linear' in the config by the names it stands for, as peft does later, so that layer numbers apply to
@@ -40,25 +41,18 @@ def resolve_targets(tuner: BaseTuner, config, model: nn.Module) -> dict[str, nn.
     if chosen_by_us and getattr(config, "layers_to_transform", None) is not None:
         config.target_modules = _in_layers(config)
     modules = dict(_modules_outside_adapters(model))
-    matched, excluded = {}, set()
+    matched: dict[str, nn.Module] = {}
+    excluded: set[str] = set()
     for name, module in modules.items():
-        found = tuner._check_target_module_exists(config, name)
+        found: Any = tuner._check_target_module_exists(config, name)
         if isinstance(found, _ExcludedModule):
             excluded.add(name)
         elif found:
             matched[name] = module
-    unmatched = _unmatched_patterns(config.target_modules, modules, matched.keys() | excluded)
+    unmatched = _unmatched_patterns(config.target_modules, matched.keys() | excluded)
     if unmatched or not matched:
         raise UserError(_explain(config, unmatched, modules, excluded))
     return matched
-
-
-def is_dense_linear(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer with a plain floating-point weight (torch's, or GPT-2's Conv1D)."""
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    weight = getattr(module, "weight", None)
-    return isinstance(module, (nn.Linear, Conv1D)) and weight is not None and weight.is_floating_point()
 
 
 def find_named(key: str, names: Iterable[str]) -> list[str]:
@@ -77,14 +71,14 @@ def _modules_outside_adapters(model: nn.Module) -> Iterable[tuple[str, nn.Module
             yield name, module
 
 
-def _unmatched_patterns(patterns: str | Iterable[str], modules: dict, hit: Iterable[str]) -> list[str]:
+def _unmatched_patterns(patterns: str | Iterable[str], hit: Iterable[str]) -> list[str]:
     if isinstance(patterns, str):
         return []  # one regular expression: nothing matched at all, or it did its work
     hit = list(hit)
     return sorted(p for p in patterns if not find_named(p, hit))
 
 
-def _in_layers(config) -> set[str]:
+def _in_layers(config: Any) -> set[str]:
     """Those of the target names that lie in the layers asked for."""
     numbers = config.layers_to_transform
     numbers = {numbers} if isinstance(numbers, int) else set(numbers)
@@ -104,7 +98,7 @@ def _in_layers(config) -> set[str]:
     return inside
 
 
-def _explain(config, unmatched: list[str], modules: dict, excluded: set[str]) -> str:
+def _explain(config: Any, unmatched: list[str], modules: dict, excluded: set[str]) -> str:
     if isinstance(config.target_modules, str):
         return (
             f"target_modules {config.target_modules!r}, read as one regular expression, matches no whole module name; "
@@ -125,4 +119,4 @@ def _explain(config, unmatched: list[str], modules: dict, excluded: set[str]) ->
 
 
 def _example(modules: dict[str, nn.Module]) -> str:
-    return next((n for n, m in modules.items() if is_dense_linear(m)), next(iter(modules), ""))
+    return next((n for n, m in modules.items() if dense_linear(m) is not None), next(iter(modules), ""))

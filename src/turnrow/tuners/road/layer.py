@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from turnrow.ops import rotation
+from turnrow.tuners._dense import DenseLinear, dense_weight, features, is_plain_tensor
 
 __all__ = ["RoadLinear"]
 
@@ -35,8 +36,7 @@ class RoadLinear(PeftRoadLinear):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
-        base = self.get_base_layer()
-        self.out_features, self.in_features = base.weight.shape[::-1] if isinstance(base, Conv1D) else base.weight.shape
+        self.out_features, self.in_features = features(self._dense)
         self._watch: dict[str, rotation.OutputWatch] = {}
         self._known: dict[str, tuple[tuple, rotation.Coefficients, bool]] = {}
         """By adapter: the state of its parameters, their blocks, and whether those can be undone."""
@@ -44,9 +44,15 @@ class RoadLinear(PeftRoadLinear):
         """Original weight and bias of merged adapters whose rotation cannot be undone (a scale of zero)."""
         self.update_layer(adapter_name, config=config)
 
+    @property
+    def _dense(self) -> DenseLinear:
+        base: Any = self.get_base_layer()
+        return base
+
     # --- forward ---------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output, rotated by the active adapters; `adapter_names` gives each sample its own."""
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters and self.merged:
@@ -76,23 +82,21 @@ class RoadLinear(PeftRoadLinear):
 
     def _folded_forward(self, x: Tensor, name: str) -> Tensor | None:
         """The rotation folded into the weight; None where that is not possible or does not pay."""
-        base = self.base_layer
         tokens = x.numel() // self.in_features
-        if tokens <= self.in_features or not _is_plain(base):
+        if tokens <= self.in_features or self.base_layer is not self._dense or not _is_plain(self._dense):
             return None
-        _, invertible = self._blocks(name)
+        weight, bias = dense_weight(self._dense), self._dense.bias
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        elif x.dtype != base.weight.dtype:
+        elif x.dtype != weight.dtype:
             return None
-        if not invertible:
+        if not self._blocks(name)[1]:
             return None
         variant, group_size, theta, alpha = self._parameters_of(name)
-        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
         watch = self._watch.setdefault(name, rotation.OutputWatch())
         return rotation.rotated_linear(
-            x, weight, base.bias, theta, alpha, variant=variant, group_size=group_size, keep=watch.keep, watch=watch
+            x, weight, bias, theta, alpha, variant=variant, group_size=group_size, keep=watch.keep, watch=watch
         )
 
     def _rotate(self, h: Tensor, name: str) -> Tensor:
@@ -156,28 +160,26 @@ class RoadLinear(PeftRoadLinear):
             if name in self._kept_for_unmerge:
                 kept_weight, kept_bias = self._kept_for_unmerge.pop(name)
                 weight.copy_(kept_weight)
-                if bias is not None:
+                if bias is not None and kept_bias is not None:
                     bias.copy_(kept_bias)
             else:
                 rotation.unrotate_weight_(weight, bias, self._blocks(name)[0])
 
     def _base_values(self) -> tuple[Tensor, Tensor | None]:
         """Values of the weight as (out, in) and of the bias, to write to."""
-        base = self.get_base_layer()
-        weight = base.weight.data.t() if isinstance(base, Conv1D) else base.weight.data
-        return weight, None if base.bias is None else base.bias.data
+        bias: Tensor | None = self._dense.bias
+        return dense_weight(self._dense, values=True), None if bias is None else bias.data
 
 
-def _is_plain(base: nn.Module) -> bool:
+def _is_plain(base: DenseLinear) -> bool:
     """Whether calling `base` does nothing but a linear layer with frozen, dense, present weights."""
-    weight, bias = base.weight, base.bias
+    bias: Tensor | None = base.bias
     return (
         type(base) in (nn.Linear, Conv1D)
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         and not hasattr(base, "_hf_hook")  # accelerate: the weight may be on another device
         and "forward" not in base.__dict__
-        and type(weight) in (Tensor, nn.Parameter)
-        and weight.device.type != "meta"
-        and not weight.requires_grad
+        and is_plain_tensor(base.weight)
+        and not base.weight.requires_grad
         and not (bias is not None and bias.requires_grad)
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import RoadConfig
 from peft.tuners.road.model import RoadModel as PeftRoadModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from turnrow.errors import UserError
-from turnrow.tuners._targets import is_dense_linear, resolve_targets
+from turnrow.tuners._dense import dense_linear, features
+from turnrow.tuners._targets import resolve_targets
 from turnrow.tuners.road.layer import RoadLinear
 
 __all__ = ["RoadModel"]
@@ -22,13 +25,12 @@ class RoadModel(PeftRoadModel):
 
     def _prepare_model(self, peft_config: RoadConfig, model: nn.Module) -> None:
         for name, module in resolve_targets(self, peft_config, model).items():
-            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            if not isinstance(base, nn.Linear) and not is_dense_linear(base):
+            out_features = _output_features(module)
+            if out_features is None:
                 raise UserError(
-                    f"target module {name!r} is a {type(base).__name__}; RoAd rotates the output of linear layers "
+                    f"target module {name!r} is a {type(module).__name__}; RoAd rotates the output of linear layers "
                     "(torch.nn.Linear, Conv1D)"
                 )
-            out_features = base.out_features if isinstance(base, nn.Linear) else base.nf
             if out_features % peft_config.group_size:
                 raise UserError(
                     f"group_size is {peft_config.group_size}, which does not divide the {out_features} output features of "
@@ -39,11 +41,20 @@ class RoadModel(PeftRoadModel):
                 )
 
     @staticmethod
-    def _create_new_module(road_config: RoadConfig, adapter_name: str, target: nn.Module, **kwargs) -> nn.Module:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if is_dense_linear(base) and type(base.weight) in (Tensor, nn.Parameter):
+    def _create_new_module(road_config: RoadConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        base = dense_linear(target)
+        if base is not None and type(base.weight) in (Tensor, nn.Parameter):
             return RoadLinear(target, adapter_name, config=road_config)
         return PeftRoadModel._create_new_module(road_config, adapter_name, target, **kwargs)
+
+
+def _output_features(module: nn.Module) -> int | None:
+    """Of dense and quantized linear layers; None for anything else."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    dense = dense_linear(base)
+    if dense is not None:
+        return features(dense)[0]
+    return base.out_features if isinstance(base, nn.Linear) else None
 
 
 def _largest_group(out_features: int) -> int:

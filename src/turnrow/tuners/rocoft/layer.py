@@ -16,6 +16,7 @@ restores W0 bit for bit. They are on record before the weight is written, so an 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -26,12 +27,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
 from turnrow.errors import UserError
 from turnrow.ops import columns, rows
 from turnrow.ops.delta import adapted
 from turnrow.selection import check_indices, first
+from turnrow.tuners._dense import dense_weight, features, is_plain_tensor
 from turnrow.tuners.rocoft.config import RocoftConfig
 
 __all__ = ["RocoftBias", "RocoftLayer", "RocoftLinear"]
@@ -54,13 +55,14 @@ class _Kept:
     """State of delta and of the weight when the weight was last written."""
 
 
-class RocoftLayer(BaseTunerLayer):
+class RocoftLayer(BaseTunerLayer, nn.Module):
     """What all RoCoFT layers share: the adapter's tensors, and keeping the base bit-identical."""
 
     adapter_layer_names: tuple[str, ...] = ("rocoft_row", "rocoft_column", "rocoft_bias")
     other_param_names: tuple[str, ...] = ("rocoft_row_index", "rocoft_column_index")
 
-    def _begin(self, base_layer: nn.Module, adapter_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        nn.Module.__init__(self)
         self.base_layer = base_layer
         self.rocoft_row = nn.ParameterDict()
         self.rocoft_column = nn.ParameterDict()
@@ -78,7 +80,7 @@ class RocoftLayer(BaseTunerLayer):
     # --- the adapter's tensors -------------------------------------------------------------------------------------
 
     def _add_bias(self, adapter_name: str) -> None:
-        bias = getattr(self.get_base_layer(), "bias", None)
+        bias = getattr(self._base, "bias", None)
         if bias is not None:
             self.rocoft_bias[adapter_name] = nn.Parameter(torch.zeros_like(bias, dtype=_trainable_dtype(bias)))
 
@@ -96,10 +98,14 @@ class RocoftLayer(BaseTunerLayer):
     def _index(self, adapter_name: str, part: str) -> Tensor:
         return getattr(self, f"rocoft_{part}_index")[adapter_name]
 
-    def _oriented_weight(self) -> Tensor:
-        """The weight's values as (out, in), a view: writing to it changes the weight and no version counter."""
-        weight = self.get_base_layer().weight.data
-        return weight.t() if isinstance(self.get_base_layer(), Conv1D) else weight
+    @property
+    def _base(self) -> Any:
+        """The module with the weight and bias, under whatever layers of other adapters."""
+        return self.get_base_layer()
+
+    def _values(self) -> Tensor:
+        """The weight as (out, in), to read and to write."""
+        return dense_weight(self._base, values=True)
 
     # --- live ------------------------------------------------------------------------------------------------------
 
@@ -110,9 +116,9 @@ class RocoftLayer(BaseTunerLayer):
         kept = self._live
         if kept is None or (kept.adapter, kept.part, kept.index_stamp) != (adapter_name, part, index_stamp):
             self.restore_base()
-            originals = _OPS[part].keep(self._oriented_weight(), index)
+            originals = _OPS[part].keep(self._values(), index)
             kept = self._live = _Kept(adapter_name, part, index.clone(), originals, index_stamp)
-        delta_stamp = (delta.data_ptr(), _version(delta), self.get_base_layer().weight.data_ptr())
+        delta_stamp = (delta.data_ptr(), _version(delta), self._base.weight.data_ptr())
         # While delta is trained the weight is written at every forward: `delta.data` can change unseen by its version.
         if kept.delta_stamp != delta_stamp or delta.requires_grad:
             self._write(kept, adapted(kept.values, delta.detach()))
@@ -128,26 +134,29 @@ class RocoftLayer(BaseTunerLayer):
     def _write(self, kept: _Kept, values: Tensor) -> None:
         with torch.no_grad():
             if kept.part == "bias":
-                self.get_base_layer().bias.data.copy_(values)
+                self._base.bias.data.copy_(values)
             else:
-                _OPS[kept.part].put_(self._oriented_weight(), kept.index, values)
+                _OPS[kept.part].put_(self._values(), kept.index, values)
 
     # --- whatever needs W0 restores it first -----------------------------------------------------------------------
 
     def enable_adapters(self, enabled: bool) -> None:
+        """As in peft; disabling restores the base at once, not at the next forward."""
         if not enabled:
             self.restore_base()
         super().enable_adapters(enabled)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As in peft; the base is restored at once."""
         self.restore_base()
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """As in peft; the base is restored at once."""
         self.restore_base()
         super().delete_adapter(adapter_name)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RocoftLayer:
         self.restore_base()
         result = super()._apply(fn, recurse)
         for kept in self._merged:
@@ -155,11 +164,12 @@ class RocoftLayer(BaseTunerLayer):
             kept.index = None if kept.index is None else fn(kept.index)
         return result
 
-    def state_dict(self, *args, **kwargs):
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """W0 and delta, never W0 + delta and delta."""
         self.restore_base()
         return super().state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.restore_base()
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -187,10 +197,10 @@ class RocoftLayer(BaseTunerLayer):
 
     def _merge_part(self, name: str, part: str) -> None:
         if part == "bias":
-            index, values = None, self.get_base_layer().bias.detach().clone()
+            index, values = None, self._base.bias.detach().clone()
         else:
             index = self._index(name, part).clone()
-            values = _OPS[part].keep(self._oriented_weight(), index)
+            values = _OPS[part].keep(self._values(), index)
         kept = _Kept(name, part, index, values)
         self._merged.append(kept)
         self._write(kept, adapted(values, self._delta(name, part).detach()))
@@ -213,7 +223,7 @@ class RocoftLayer(BaseTunerLayer):
         with_bias = [name for name in active if name in self.rocoft_bias]
         if not with_bias:
             return self.base_layer(*args, **kwargs)
-        base = self.get_base_layer()
+        base = self._base
         bias = base.bias
         for name in with_bias:
             bias = bias + self.rocoft_bias[name]
@@ -224,20 +234,17 @@ class RocoftLayer(BaseTunerLayer):
         return [name for name in self.active_adapters if name in available]
 
 
-class RocoftLinear(RocoftLayer, nn.Module):
+class RocoftLinear(RocoftLayer):
     """A linear layer (torch.nn.Linear, or GPT-2's Conv1D) of which r rows or columns are trained."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: RocoftConfig, name: str) -> None:
-        nn.Module.__init__(self)
-        self._begin(base_layer, adapter_name)
-        base = self.get_base_layer()
-        weight_shape = base.weight.shape[::-1] if isinstance(base, Conv1D) else base.weight.shape
-        self.out_features, self.in_features = weight_shape
+        super().__init__(base_layer, adapter_name)
+        self.out_features, self.in_features = features(self._base)
         self.update_layer(adapter_name, config, name)
 
     def update_layer(self, adapter_name: str, config: RocoftConfig, name: str) -> None:
         """Add an adapter: delta = 0 for the rows or columns that the config chooses for the module called `name`."""
-        weight = self.get_base_layer().weight
+        weight = self._base.weight
         index = choose_index(config, name, self.out_features, self.in_features)
         delta_shape = _OPS[config.mode].shape(self.out_features, self.in_features, len(index))
         delta = torch.zeros(delta_shape, dtype=_trainable_dtype(weight), device=weight.device)
@@ -248,6 +255,7 @@ class RocoftLinear(RocoftLayer, nn.Module):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer with the rows or columns of the active adapters."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -277,14 +285,13 @@ class RocoftLinear(RocoftLayer, nn.Module):
         return y
 
     def _may_go_live(self, name: str) -> bool:
-        weight = self.get_base_layer().weight
+        weight = self._base.weight
         return (
             not self.weight_is_shared
-            and self.base_layer is self.get_base_layer()  # no other adapter layer in between
-            and type(weight) in (Tensor, nn.Parameter)  # no DTensor, no quantized subclass
+            and self.base_layer is self._base  # no other adapter layer in between
+            and is_plain_tensor(weight)
+            and weight.dim() == 2  # FSDP flattens what it shards
             and not weight.requires_grad  # a weight that is trained itself must keep its own gradient
-            and weight.device.type != "meta"
-            and weight.dim() == 2
             and not weight.is_inference()
             and torch._C._functorch.peek_interpreter_stack() is None
         )
@@ -293,12 +300,11 @@ class RocoftLinear(RocoftLayer, nn.Module):
         return "rocoft." + super().__repr__()
 
 
-class RocoftBias(RocoftLayer, nn.Module):
+class RocoftBias(RocoftLayer):
     """Any module whose bias is trained and whose weight is not, for `bias="all"`."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
-        nn.Module.__init__(self)
-        self._begin(base_layer, adapter_name)
+        super().__init__(base_layer, adapter_name)
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: RocoftConfig) -> None:
@@ -307,6 +313,7 @@ class RocoftBias(RocoftLayer, nn.Module):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer with the biases of the active adapters."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [] if self.disable_adapters or self.merged else self._active_here()

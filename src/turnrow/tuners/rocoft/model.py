@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -11,7 +13,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from turnrow.errors import UserError, near_matches
-from turnrow.tuners._targets import find_named, is_dense_linear, resolve_targets
+from turnrow.tuners._dense import DenseLinear, dense_linear, features
+from turnrow.tuners._targets import find_named, resolve_targets
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.layer import RocoftBias, RocoftLayer, RocoftLinear, choose_index
 
@@ -26,7 +29,7 @@ class RocoftModel(BaseTuner):
 
     prefix: str = "rocoft_"
     tuner_layer_cls = RocoftLayer
-    target_module_mapping: dict = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as peft declares it
 
     # --- before the model is touched -------------------------------------------------------------------------------
 
@@ -37,7 +40,7 @@ class RocoftModel(BaseTuner):
 
     def _prepare_model(self, peft_config: RocoftConfig, model: nn.Module) -> None:
         targets = resolve_targets(self, peft_config, model)
-        _check_linear(targets, model)
+        linear = _linear_layers(targets, model)
         if isinstance(peft_config.indices, dict):
             unknown = [key for key in peft_config.indices if not find_named(key, targets)]
             if unknown:
@@ -46,10 +49,8 @@ class RocoftModel(BaseTuner):
                     f"indices name modules that are not among the target modules: "
                     f"{', '.join(f'{key!r}{near_matches(key, ends)}' for key in unknown)}"
                 )
-        for name, module in targets.items():
-            layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            out_features, in_features = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
-            choose_index(peft_config, name, out_features, in_features)
+        for name, layer in linear.items():
+            choose_index(peft_config, name, *features(layer))
         with_bias = {"none": (), "rocoft_only": targets.values(), "all": model.modules()}[peft_config.bias]
         if peft_config.bias != "none" and all(getattr(module, "bias", None) is None for module in with_bias):
             raise UserError(f"bias is {peft_config.bias!r}, but the model has no bias there to train; use bias='none'")
@@ -59,9 +60,10 @@ class RocoftModel(BaseTuner):
 
     # --- putting the layers in ---------------------------------------------------------------------------------------
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in peft; with `bias="all"` the other modules that have a bias get a layer too."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         if config.bias == "all":
             self._wrap_other_biases(model, adapter_name, config)
         _mark_shared_weights(model)
@@ -72,7 +74,7 @@ class RocoftModel(BaseTuner):
         adapter_name: str,
         target: nn.Module,
         target_name: str,
-        parent,
+        parent: nn.Module,
         current_key: str,
     ) -> None:
         if isinstance(target, RocoftLinear):
@@ -121,7 +123,8 @@ class RocoftModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters are made in float32; `autocast_adapter_dtype=False` asks for the dtype of the base instead."""
         if autocast_adapter_dtype:
-            return super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
+            return
         for layer in _layers(self.model):
             dtype = next(layer.get_base_layer().parameters()).dtype
             for name in layer.adapter_layer_names:
@@ -135,7 +138,7 @@ class RocoftModel(BaseTuner):
         """The base model again, bit for bit; biases included, so peft's warning about them does not apply."""
         self._enable_adapter_layers(enabled=False)
 
-    def _unload_and_optionally_merge(self, *args, **kwargs):
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         for layer in _layers(self.model):
             layer.restore_base()
         return super()._unload_and_optionally_merge(*args, **kwargs)
@@ -143,14 +146,14 @@ class RocoftModel(BaseTuner):
     # --- saving ------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def _get_learnable_bias_state_dict(cls, model, state_dict, config) -> dict[str, torch.Tensor]:
+    def _get_learnable_bias_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Trained biases are adapter tensors of their own (`rocoft_bias`); the base's are not saved."""
         return {}
 
     # --- batches of several adapters ---------------------------------------------------------------------------------
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """peft drops `adapter_names` in silence where a method does not know it."""
         if kwargs.get("adapter_names") is not None:
             raise UserError(
@@ -163,12 +166,17 @@ def _layers(model: nn.Module) -> list[RocoftLayer]:
     return [module for module in model.modules() if isinstance(module, RocoftLayer)]
 
 
-def _check_linear(targets: dict[str, nn.Module], model: nn.Module) -> None:
-    wrong = {name: module for name, module in targets.items() if not is_dense_linear(module)}
+def _linear_layers(targets: dict[str, nn.Module], model: nn.Module) -> dict[str, DenseLinear]:
+    """The linear layer of every target.
+
+    Raises:
+        UserError: a target is none, or nothing would ever call it.
+    """
+    linear = {name: layer for name, module in targets.items() if (layer := dense_linear(module)) is not None}
+    wrong = [name for name in targets if name not in linear]
     if wrong:
-        name, module = next(iter(wrong.items()))
         raise UserError(
-            f"target module {name!r} is a {type(module).__name__}; RoCoFT trains linear layers with a dense "
+            f"target module {wrong[0]!r} is a {type(targets[wrong[0]]).__name__}; RoCoFT trains linear layers with a dense "
             f"floating-point weight (torch.nn.Linear, Conv1D). {len(wrong)} of {len(targets)} targets are of another kind"
         )
     for name in targets:
@@ -178,6 +186,7 @@ def _check_linear(targets: dict[str, nn.Module], model: nn.Module) -> None:
                 f"target module {name!r} belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls "
                 "it: an adapter there would do nothing. Leave it out of target_modules"
             )
+    return linear
 
 
 def _mark_shared_weights(model: nn.Module) -> None:
