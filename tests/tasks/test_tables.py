@@ -137,7 +137,7 @@ BROKEN: dict[str, tuple[str, str | bytes, str]] = {
     "deep json": ("d.json", "[" * 100_000, r"d\.json: broken JSON"),
     "ragged csv": (
         "d.csv",
-        'a,b\n"x\ny",1\nz\n',
+        'a,b\n"x\ny",1\n"z\nw"\n',
         r"d\.csv, line 4: ragged row, 1 cells where the header names 2 .*\(a, b\)",
     ),
     "long csv row": ("d.csv", "a,b\n1,2\n1,2,3\n", r"d\.csv, line 3: ragged row, 3 cells"),
@@ -199,6 +199,15 @@ def test_missing_file_names_its_near_matches(tmp_path: Path) -> None:
 def test_what_looks_like_a_file_is_not_asked_of_the_hub(name: str) -> None:
     with pytest.raises(UserError, match=rf"data file .*{re.escape(name.removeprefix('./'))}' does not exist"):
         read_table(name)
+
+
+def test_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_table_denied(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(pyarrow.parquet, "read_table", read_table_denied)
+    with pytest.raises(UserError, match=r"d\.parquet' cannot be read: .*Permission denied"):
+        read_table(write(tmp_path / "d.parquet", "any"))
 
 
 def test_folder_is_refused(tmp_path: Path) -> None:
