@@ -155,7 +155,7 @@ def test_class_comes_from_task_type_then_auto_mapping_then_the_base(tmp_path, ma
         "task": {"task_type": "FEATURE_EXTRACTION"},
         "mapping": {"auto_mapping": {"base_model_class": "LlamaForSequenceClassification"}},
         "nothing": {},
-        "no model": {"auto_mapping": {"base_model_class": "pipeline"}},
+        "no model": {"auto_mapping": {"base_model_class": "LlamaConfig"}},
     }.items():
         adapter = read_adapter(write({"peft_type": "LORA"} | config, tensors, name))
         found[name] = type(skeleton(adapter, str(tmp_path / "base"))).__name__

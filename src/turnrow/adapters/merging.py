@@ -86,10 +86,8 @@ def _merge_layers(model: PeftModel) -> dict[str, tuple[float, float]]:
     for name, layer in model.get_base_model().named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
-        # an active RoCoFT layer holds W0 + delta already: the weight before is the one without adapter
-        layer.enable_adapters(False)
+        # nothing has run through the model since the adapter was loaded, so even a RoCoFT layer still holds W0
         before = _float_parameters(layer)
-        layer.enable_adapters(True)
         layer.merge()
         after = _float_parameters(layer, copy=False)
         change = _norm({key: after[key].float() - before[key].float() for key in before})
