@@ -19,9 +19,9 @@ class _RecipeHelp(argparse.Action):
     """``--help-recipe``: the fields of a recipe, which need the heavy imports that plain ``--help`` avoids."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
-        from turnrow.training.recipe import recipe_parser
+        from turnrow.training.recipe import recipe_help
 
-        recipe_parser().print_help()
+        print(recipe_help())
         parser.exit()
 
 
@@ -60,7 +60,7 @@ def _show(result: RunResult) -> None:
     for name, after in metrics["after"].items():
         style = "bold" if name == metrics["main_metric"] else None
         table.add_row(name, f"{metrics['before'][name]:.4f}", f"{after:.4f}", style=style)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(table)
     trained, total, seconds = (metrics[n] for n in ("trainable_parameters", "total_parameters", "seconds_per_step"))
     console.print(f"trained {trained:,} of {total:,} parameters ({100 * trained / total:.3g} %)")

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from turnrow.errors import UserError
 from turnrow.tasks import Task, ready_to_pad, resolve_max_length
-from turnrow.training.quiet import without_transformers_messages
+from turnrow.training.quiet import without_load_report
 
 __all__ = ["Base", "input_limit", "load_base", "load_tokenizer", "resolve_model"]
 
@@ -68,7 +68,7 @@ def resolve_model(name: str) -> str:
 
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or of a hub id, with a padding token."""
-    with _plain_errors(location), without_transformers_messages():
+    with _plain_errors(location), without_load_report():
         return ready_to_pad(AutoTokenizer.from_pretrained(location))
 
 
@@ -82,7 +82,7 @@ def load_base(name: str, task: Task, *, dtype: str = "float32") -> Base:
     """
     location = resolve_model(name)
     tokenizer = load_tokenizer(location)
-    with _plain_errors(name), without_transformers_messages():
+    with _plain_errors(name), without_load_report():
         model, loaded = getattr(transformers, task.auto_model).from_pretrained(
             location,
             dtype=getattr(torch, dtype),

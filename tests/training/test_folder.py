@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from turnrow.errors import UserError
+from turnrow.training.folder import RunFolder, new_folder, write_json, write_lines, write_text
+
+from .conftest import MakeRecipe
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def test_a_new_folder_is_free(folder: RunFolder, make_recipe: MakeRecipe) -> None:
+    for flags in ({"resume": False, "overwrite": False}, {"resume": True, "overwrite": False}):
+        folder.check(make_recipe(), **flags)
+    folder.open(make_recipe())
+    assert folder.recipe.read_text() == make_recipe().to_yaml()
+
+
+def test_files_of_others_do_not_stand_in_the_way(folder: RunFolder, make_recipe: MakeRecipe) -> None:
+    folder.root.mkdir()
+    (folder.root / "notes.txt").touch()
+    folder.check(make_recipe(), resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize(("finished", "state"), [(False, "an unfinished run"), (True, "a finished run")])
+def test_a_folder_with_a_run_is_refused(folder: RunFolder, make_recipe: MakeRecipe, finished: bool, state: str) -> None:
+    folder.open(make_recipe())
+    if finished:
+        folder.metrics.write_text("{}")
+    with pytest.raises(UserError, match=rf"already holds {state}; continue it with --resume, .* --overwrite"):
+        folder.check(make_recipe(), resume=False, overwrite=False)
+    folder.check(make_recipe(), resume=True, overwrite=False)
+    folder.check(make_recipe(), resume=False, overwrite=True)
+
+
+def test_resume_and_overwrite_exclude_each_other(folder: RunFolder, make_recipe: MakeRecipe) -> None:
+    with pytest.raises(UserError, match="choose one"):
+        folder.check(make_recipe(), resume=True, overwrite=True)
+
+
+def test_a_file_is_no_folder(folder: RunFolder, make_recipe: MakeRecipe) -> None:
+    folder.root.touch()
+    with pytest.raises(UserError, match="is a file; choose a folder"):
+        folder.check(make_recipe(), resume=False, overwrite=False)
+
+
+def test_files_of_our_names_without_a_run_are_never_deleted(folder: RunFolder, make_recipe: MakeRecipe) -> None:
+    folder.root.mkdir()
+    folder.report.write_text("someone's thesis")
+    for flags in ({"resume": False, "overwrite": True}, {"resume": True, "overwrite": False}):
+        with pytest.raises(UserError, match=r"has report\.html, which turnrow would write, but no recipe\.yaml"):
+            folder.check(make_recipe(), **flags)
+
+
+def test_resume_with_another_recipe_names_what_changed(folder: RunFolder, make_recipe: MakeRecipe) -> None:
+    folder.open(make_recipe())
+    with pytest.raises(UserError, match="another recipe: seed was 0 and is now 1"):
+        folder.check(make_recipe(seed=1), resume=True, overwrite=False)
+
+
+def test_a_moved_folder_can_be_resumed(folder: RunFolder, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    folder.open(make_recipe())
+    moved = RunFolder(folder.root.rename(tmp_path / "moved"))
+    moved.check(replace(make_recipe(), output_dir=str(moved.root)), resume=True, overwrite=False)
+
+
+def test_clearing_removes_ours_and_only_ours(folder: RunFolder, make_recipe: MakeRecipe) -> None:
+    folder.open(make_recipe())
+    (folder.checkpoints / "checkpoint-1").mkdir(parents=True)
+    folder.metrics.write_text("{}")
+    (folder.root / "notes.txt").touch()
+    folder.clear()
+    assert [path.name for path in folder.root.iterdir()] == ["notes.txt"]
+
+
+def test_leftovers_of_a_killed_process_are_removed(folder: RunFolder, make_recipe: MakeRecipe) -> None:
+    folder.open(make_recipe())
+    (folder.root / ".adapter.abc").mkdir()
+    (folder.root / ".metrics.json.xyz").touch()
+    folder.open(make_recipe())
+    assert [path.name for path in folder.root.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with pytest.raises(TypeError, match="must be str"):
+        write_lines(path, ["new", 1])  # type: ignore[list-item]
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_keeps_letters_readable(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"name": "Grüße", "value": 0.1})
+    assert "Grüße" in (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"name": "Grüße", "value": 0.1}
+
+
+def test_a_folder_takes_the_place_of_the_old_one_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "adapter"
+    for name in ("first", "second"):
+        with new_folder(path) as temporary:
+            (temporary / name).touch()
+    assert [entry.name for entry in path.iterdir()] == ["second"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "adapter"
+    with new_folder(path) as temporary:
+        (temporary / "first").touch()
+    with pytest.raises(RuntimeError, match="half way"), new_folder(path) as temporary:
+        (temporary / "second").touch()
+        raise RuntimeError("half way")
+    assert [entry.name for entry in path.iterdir()] == ["first"]
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from turnrow.errors import UserError
+from turnrow.tasks import make_task
+from turnrow.training.trainer import kept_checkpoints, training_arguments
+
+from .conftest import MakeRecipe
+
+TASK = make_task("regression", text="sentence", label="stars", metric="mse")
+
+
+def arguments(make_recipe: MakeRecipe, tmp_path: Any, **training: Any) -> Any:
+    return training_arguments(make_recipe(training=training), TASK, str(tmp_path / "checkpoints"))
+
+
+def test_defaults_evaluate_and_save_every_epoch_and_report_to_nobody(make_recipe: MakeRecipe, tmp_path: Any) -> None:
+    args = arguments(make_recipe, tmp_path)
+    assert (args.eval_strategy, args.save_strategy, args.report_to) == ("epoch", "epoch", [])
+    assert kept_checkpoints(make_recipe()) == 2
+
+
+def test_the_seed_of_the_recipe_orders_the_data_too(make_recipe: MakeRecipe, tmp_path: Any) -> None:
+    args = training_arguments(make_recipe(seed=7), TASK, str(tmp_path))
+    assert (args.seed, args.data_seed) == (7, 7)
+
+
+def test_giving_steps_is_enough(make_recipe: MakeRecipe, tmp_path: Any) -> None:
+    args = arguments(make_recipe, tmp_path, save_steps=5, eval_steps=3)
+    assert (args.save_strategy, args.save_steps, args.eval_strategy, args.eval_steps) == ("steps", 5, "steps", 3)
+
+
+def test_the_best_checkpoint_is_chosen_by_the_main_metric(make_recipe: MakeRecipe, tmp_path: Any) -> None:
+    args = arguments(make_recipe, tmp_path, load_best_model_at_end=True, eval_steps=3)
+    assert (args.metric_for_best_model, args.greater_is_better) == ("mse", False)
+    assert (args.save_strategy, args.save_steps) == ("steps", 3)
+
+
+def test_without_a_validation_split_nothing_is_evaluated(make_recipe: MakeRecipe, tmp_path: Any) -> None:
+    recipe = make_recipe()
+    data = {"train": recipe.data.train, "test": recipe.data.test}
+    assert training_arguments(make_recipe(data=data), TASK, str(tmp_path)).eval_strategy == "no"
+    for training in ({"load_best_model_at_end": True}, {"eval_strategy": "steps"}):
+        with pytest.raises(UserError, match=r"data\.validation is missing; name a file"):
+            training_arguments(make_recipe(data=data, training=training), TASK, str(tmp_path))
+
+
+def test_what_transformers_refuses_is_an_error_of_the_user(make_recipe: MakeRecipe, tmp_path: Any) -> None:
+    with pytest.raises(UserError, match="training: .*sometimes"):
+        arguments(make_recipe, tmp_path, eval_strategy="sometimes")
