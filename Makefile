@@ -31,7 +31,7 @@ test: $(VENV)/.installed  ## the tests, with coverage, warnings as errors and th
 
 test-oldest: $(OLDEST)/.installed  ## the tests of what touches peft and transformers, on the oldest supported versions
 	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses=$(WORKERS) \
-		tests/ops tests/tuners tests/adapters tests/training
+		tests/tuners tests/adapters tests/tasks tests/training tests/cli
 
 lint: $(VENV)/.installed  ## style and format
 	@$(BIN)/ruff check .
