@@ -171,6 +171,23 @@ def test_merged_equals_what_was_trained(method, dtype):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_inference_mode_before_and_after_training(method):
+    model, inputs = build("llama")
+    model = get_peft_model(
+        model, configure({"row-bias": "row", "column-all-biases": "column"}.get(method, method), model)
+    )
+    perturb(model)
+    with torch.inference_mode():
+        first = model(**inputs).logits
+    torch.testing.assert_close(first.clone(), output(model, inputs), rtol=0, atol=0)
+    _trained(model, inputs)
+    with torch.inference_mode():
+        second = model(**inputs).logits
+    torch.testing.assert_close(second.clone(), output(model, inputs), rtol=0, atol=0)
+    assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_safe_merge_refuses_broken_values_and_changes_nothing(method):
     model, _ = build("roberta")
     model = get_peft_model(model, configure(method, model))
@@ -252,6 +269,17 @@ def test_several_active_adapters_add_up(mode):
     torch.testing.assert_close(output(model, inputs), both, rtol=1e-4, atol=1e-5)
     model.unmerge_adapter()
     assert identical(snapshot(model), base)
+
+
+def test_a_layer_wrapped_for_its_bias_still_shows_what_models_read_of_it():
+    model, _ = build("roberta")
+    model = get_peft_model(model, configure("column-all-biases", model))
+    norm = model.base_model.model.roberta.encoder.layer[0].output.LayerNorm
+    assert type(norm).__name__ == "RocoftBias"
+    assert norm.normalized_shape == (16,)
+    assert norm.eps == model.config.layer_norm_eps
+    with pytest.raises(AttributeError, match="nothing"):
+        norm.nothing  # noqa: B018
 
 
 def test_tied_weights_are_not_changed_in_place():

@@ -94,19 +94,26 @@ class RoadLinear(PeftRoadLinear):
         if not self._blocks(name)[1]:
             return None
         variant, group_size, theta, alpha = self._parameters_of(name)
-        watch = self._watch.setdefault(name, rotation.OutputWatch())
+        watch = self._watch_over(name, x, theta, alpha)
+        keep = "output" if watch is None else watch.keep
         return rotation.rotated_linear(
-            x, weight, bias, theta, alpha, variant=variant, group_size=group_size, keep=watch.keep, watch=watch
+            x, weight, bias, theta, alpha, variant=variant, group_size=group_size, keep=keep, watch=watch
         )
 
     def _rotate(self, h: Tensor, name: str) -> Tensor:
         blocks, invertible = self._blocks(name)
         variant, group_size, theta, alpha = self._parameters_of(name)
-        if not (torch.is_grad_enabled() and (h.requires_grad or theta.requires_grad or alpha.requires_grad)):
+        watch = self._watch_over(name, h, theta, alpha)
+        if watch is None:
             return rotation.rotate_values(h, blocks)
-        watch = self._watch.setdefault(name, rotation.OutputWatch())
         keep = watch.keep if invertible else "input"
         return rotation.rotate_output(h, theta, alpha, variant=variant, group_size=group_size, keep=keep, watch=watch)
+
+    def _watch_over(self, name: str, *inputs: Tensor) -> rotation.OutputWatch | None:
+        """The watch over the outputs of this layer; None where no gradient will be asked for."""
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+            return self._watch.setdefault(name, rotation.OutputWatch())
+        return None
 
     def _parameters_of(self, name: str) -> tuple[rotation.Variant, int, Tensor, Tensor]:
         return self.variant[name], self.group_size[name], self.road_theta[name], self.road_alpha[name]

@@ -312,6 +312,15 @@ class RocoftBias(RocoftLayer):
         self._add_bias(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def __getattr__(self, name: str) -> Any:
+        """What models read of their layers, such as the epsilon of a norm, is still found here."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer with the biases of the active adapters."""
         if self.disable_adapters and self.merged:
