@@ -282,6 +282,15 @@ def test_a_layer_wrapped_for_its_bias_still_shows_what_models_read_of_it():
         norm.nothing  # noqa: B018
 
 
+def test_init_weights_false_starts_away_from_the_base():
+    model, inputs = build("llama")
+    reference = output(model, inputs)
+    model = get_peft_model(model, configure("row", model, init_weights=False))
+    assert not torch.allclose(output(model, inputs), reference, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(output(model, inputs), reference)
+
+
 def test_tied_weights_are_not_changed_in_place():
     model, inputs = build("gpt2")  # its head is tied to the embedding
     embedding = model.transformer.wte.weight.detach().clone()

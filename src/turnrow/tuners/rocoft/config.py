@@ -70,6 +70,14 @@ class RocoftConfig(PeftConfig):
         },
     )
 
+    init_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "Start at zero, which is the pretrained model. False starts at small random differences, for trying out "
+            "a pipeline without training."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         from peft.utils.peft_types import PeftType

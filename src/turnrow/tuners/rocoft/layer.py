@@ -39,6 +39,9 @@ __all__ = ["RocoftBias", "RocoftLayer", "RocoftLinear"]
 
 _OPS: dict[str, ModuleType] = {"row": rows, "column": columns}
 
+_NOISE = 0.1
+"""Standard deviation of the random differences that `init_weights=False` starts from."""
+
 
 @dataclass
 class _Kept:
@@ -248,6 +251,8 @@ class RocoftLinear(RocoftLayer):
         index = choose_index(config, name, self.out_features, self.in_features)
         delta_shape = _OPS[config.mode].shape(self.out_features, self.in_features, len(index))
         delta = torch.zeros(delta_shape, dtype=_trainable_dtype(weight), device=weight.device)
+        if not config.init_weights:
+            nn.init.normal_(delta, std=_NOISE)
         getattr(self, f"rocoft_{config.mode}")[adapter_name] = nn.Parameter(delta)
         getattr(self, f"rocoft_{config.mode}_index")[adapter_name] = index.to(weight.device)
         if config.bias != "none":
