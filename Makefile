@@ -45,7 +45,7 @@ types: $(VENV)/.installed  ## static types
 	@$(BIN)/mypy
 
 bench: $(VENV)/.installed  ## measure the cost of a training step against the frozen model's
-	@$(BIN)/python benchmarks/step_cost.py
+	@$(BIN)/python -m benchmarks.step_cost
 
 docs: $(VENV)/.installed-docs  ## the documentation as HTML in build/docs
 	@$(BIN)/sphinx-build -W --keep-going --quiet -b html docs build/docs
