@@ -79,6 +79,7 @@ def make_recipe(tmp_path: Path, tiny_base: Path, films: Path) -> MakeRecipe:
             "learning_rate": 1e-2,
             "num_train_epochs": 2,
             "per_device_train_batch_size": 6,
+            "per_device_eval_batch_size": 3,
             "disable_tqdm": True,
             "use_cpu": True,
             **changes.pop("training", {}),

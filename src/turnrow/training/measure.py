@@ -39,10 +39,10 @@ class StepClock(TrainerCallback):
         return mean
 
 
-def reset_peak_memory() -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Forget the peak so far, where the system can."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
         return
     try:
         # Linux: 5 resets the high-water mark of the resident set (proc(5)).
@@ -51,10 +51,10 @@ def reset_peak_memory() -> None:
         return
 
 
-def peak_memory() -> tuple[int, str]:
+def peak_memory(device: torch.device) -> tuple[int, str]:
     """Return (bytes, what they are): the CUDA allocator's peak on a GPU, else the peak resident set of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated(), "torch.cuda.max_memory_allocated"
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "torch.cuda.max_memory_allocated"
     return _peak_resident_bytes(), "peak resident set of the process"
 
 

@@ -14,7 +14,6 @@ output_dir: runs/sst2
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -22,10 +21,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_loader, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from turnrow.errors import UserError
 from turnrow.training.options import check_names, check_options
+from turnrow.training.yaml_values import YAML_MODE, load_yaml
 
 __all__ = ["RECIPE_VERSION", "DataFiles", "Recipe", "recipe_help"]
 
@@ -147,34 +147,6 @@ class Recipe:
         return text
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: ``2e-3`` is a number, and ``no``, a strategy and a label, is text (both as in YAML 1.2)."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    letter: [
-        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+.0123456789"),
-)
-
-
-def _load_yaml(text: str) -> Any:
-    # The loader is a SafeLoader: it builds plain values only.
-    return yaml.load(text, Loader=_Loader)
-
-
-set_loader("recipe", _load_yaml, exceptions=(yaml.YAMLError,))
-
-
 def recipe_help() -> str:
     """The fields of a recipe with their descriptions, as ``--help`` shows arguments."""
     # The descriptions stand under the fields, where jsonargparse looks for them only when told to.
@@ -186,7 +158,7 @@ def recipe_help() -> str:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="turnrow train", exit_on_error=False, add_help=False, parser_mode="recipe")
+    parser = ArgumentParser(prog="turnrow train", exit_on_error=False, add_help=False, parser_mode=YAML_MODE)
     parser.add_argument("--config", action="config", help="the recipe file (YAML)")
     parser.add_class_arguments(Recipe)
     return parser
@@ -211,7 +183,7 @@ def _parse(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 def _check_file_names(path: Path) -> None:
     try:
-        values = _load_yaml(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable as YAML: {error}") from None
     if not isinstance(values, dict):

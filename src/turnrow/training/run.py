@@ -117,7 +117,7 @@ def _run(recipe: Recipe, folder: RunFolder, *, overwrite: bool) -> RunResult:
         validation=splits["validation"].encoded if "validation" in splits else None,
         callbacks=[SealAndRotate(kept_checkpoints(recipe)), interrupt, *([bars] if shows else [])],
     )
-    reset_peak_memory()
+    reset_peak_memory(args.device)
     try:
         with interrupt.listening(), without_weight_bars():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -125,7 +125,7 @@ def _run(recipe: Recipe, folder: RunFolder, *, overwrite: bool) -> RunResult:
         raise Interrupted(_how_to_go_on(str(stop) or "interrupted", folder)) from None
     finally:
         bars.close()
-    memory, memory_kind = peak_memory()
+    memory, memory_kind = peak_memory(args.device)
     after, rows = _evaluate(current, splits["test"], "test, after" if shows else None)
 
     counts = count_parameters(model)

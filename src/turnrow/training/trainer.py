@@ -24,7 +24,15 @@ __all__ = ["EVALUATION_ARGUMENTS", "evaluation_arguments", "make_trainer", "pred
 DEFAULT_KEPT_CHECKPOINTS = 2
 
 # Those training arguments on which the numbers of an evaluation depend; kept with the adapter.
-EVALUATION_ARGUMENTS = ("per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32")
+EVALUATION_ARGUMENTS = (
+    "per_device_eval_batch_size",
+    "bf16",
+    "fp16",
+    "bf16_full_eval",
+    "fp16_full_eval",
+    "tf32",
+    "use_cpu",
+)
 
 
 class GuardedTrainer(Trainer):
@@ -98,6 +106,7 @@ def training_arguments(recipe: Recipe, task: Task, folder: str) -> TrainingArgum
         # Our own guard looks at every loss.
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
     }
     if given.get("load_best_model_at_end") and "metric_for_best_model" not in given:
         defaults |= {"metric_for_best_model": task.main_metric, "greater_is_better": task.greater_is_better}
@@ -144,6 +153,8 @@ def predict_split(
         args = _build(
             {
                 **evaluation,
+                # A run on a GPU can be evaluated without one.
+                "use_cpu": evaluation["use_cpu"] or not torch.accelerator.is_available(),
                 "report_to": "none",
                 "label_names": list(task.label_names),
                 "dataloader_pin_memory": torch.cuda.is_available(),
