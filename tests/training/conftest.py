@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from collections.abc import Callable
@@ -23,6 +24,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(
                 pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
             )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _imported_modules_are_no_garbage() -> None:
+    """accelerate collects garbage at the start of each run, which takes longer than the training of these models."""
+    import turnrow.training.report
+    import turnrow.training.run  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 def tiny_config(vocabulary: int, **changes: Any) -> BertConfig:

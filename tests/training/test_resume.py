@@ -137,7 +137,7 @@ def test_a_run_killed_after_training_only_writes_its_results(
     [
         (("turnrow.training.trainer", "GuardedTrainer.training_step"), 6, 4, None),
         # The files of checkpoint-4 are all there, but it is not sealed.
-        (("turnrow.training.checkpoints", "seal"), 2, 2, "checkpoint-4"),
+        pytest.param(("turnrow.training.checkpoints", "seal"), 2, 2, "checkpoint-4", marks=pytest.mark.slow),
         # The weights of checkpoint-4 are there, its optimizer is not.
         (("transformers", "Trainer._save_optimizer_and_scheduler"), 2, 2, "checkpoint-4"),
     ],
