@@ -189,7 +189,7 @@ def _evaluate(
 def _how_to_go_on(what: str, folder: RunFolder) -> str:
     checkpoint = last_complete(folder.checkpoints)
     kept = f"{checkpoint} is kept" if checkpoint else "no checkpoint had been written yet"
-    return f"{what}; {kept}. Go on with the same command and --resume"
+    return f"{what}; {kept}. Go on with the same recipe and --resume"
 
 
 def _chosen_step(trainer: Trainer) -> int:
