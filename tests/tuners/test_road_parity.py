@@ -126,3 +126,15 @@ def test_hooks_on_the_base_layer_still_run():
     layer.get_base_layer().register_forward_hook(lambda *_: calls.append(1))
     output(model, inputs)
     assert calls
+
+
+def test_an_adapter_of_a_former_name_is_not_taken_for_the_former():
+    model, inputs = _adapted("road_1", 8)
+    layers = [m for m in model.modules() if isinstance(m, RoadLinear)]
+    output(model, inputs)
+    assert all("default" in layer._known for layer in layers)
+    model.add_adapter("other", RoadConfig(variant="road_1", group_size=8, target_modules=TARGETS))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    # A new parameter may lie at the address of the deleted one and have its version: nothing may be kept by name.
+    assert not any("default" in layer._known or "default" in layer._watch for layer in layers)

@@ -123,12 +123,28 @@ class RoadLinear(PeftRoadLinear):
         variant, group_size, theta, alpha = self._parameters_of(name)
         stamp = tuple((p.data_ptr(), -1 if p.is_inference() else p._version, p.requires_grad) for p in (theta, alpha))
         known = self._known.get(name)
-        # `p.data` can be changed unseen by its version: parameters in training are not trusted to be the same.
-        if known is None or known[0] != stamp or theta.requires_grad or alpha.requires_grad:
-            with torch.no_grad():
-                blocks = rotation.coefficients(variant, group_size, theta.detach(), alpha.detach())
-            known = self._known[name] = (stamp, blocks, rotation.is_invertible(blocks))
+        unchanged = known is not None and known[0] == stamp
+        # `p.data` can be changed unseen by its version: the blocks of parameters in training are always made anew. Whether
+        # they can be undone is asked once for each state, because the answer has to come back from the device.
+        if known is None or not unchanged or theta.requires_grad or alpha.requires_grad:
+            blocks = rotation.coefficients(variant, group_size, theta.detach(), alpha.detach())
+            invertible = known[2] if known is not None and unchanged else rotation.is_invertible(blocks)
+            known = self._known[name] = (stamp, blocks, invertible)
         return known[1], known[2]
+
+    def update_layer(self, adapter_name: str, config: RoadConfig, inference_mode: bool = False) -> None:
+        """As in peft; nothing known of a former adapter of the same name stays."""
+        self._forget(adapter_name)
+        super().update_layer(adapter_name, config, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in peft."""
+        self._forget(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _forget(self, adapter_name: str) -> None:
+        self._known.pop(adapter_name, None)
+        self._watch.pop(adapter_name, None)
 
     # --- merging ---------------------------------------------------------------------------------------------------
 
