@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import RoadConfig, get_peft_model
+from peft import RoadConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -49,6 +49,16 @@ def test_adapters_over_a_half_precision_base_are_float32_and_learn(method, dtype
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+def test_adapters_are_float32_without_a_peft_model_around_them_and_in_the_dtype_of_the_base_on_request():
+    model, _ = build("llama", dtype=torch.bfloat16)
+    injected = inject_adapter_in_model(configure("row", model), model)
+    assert {p.dtype for p in injected.parameters() if p.requires_grad} == {torch.float32}
+    model, inputs = build("llama", dtype=torch.bfloat16)
+    model = get_peft_model(model, configure("row", model), autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
+    model(**inputs).loss.backward()
 
 
 @every_method
