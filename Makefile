@@ -27,7 +27,8 @@ demo: $(VENV)/.installed  ## fine-tune a small pretrained encoder on support tic
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed  ## the tests, with coverage, warnings as errors and the rooms' contracts
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --cov --cov-report=term --durations=10
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) \
+		--cov --cov-report=term --cov-fail-under=90 --durations=10
 
 test-oldest: $(OLDEST)/.installed  ## the tests of what touches peft and transformers, on the oldest supported versions
 	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses=$(WORKERS) \

@@ -27,9 +27,9 @@ METHODS = {
 }
 # Written for this file: they are in none of the splits.
 UNSEEN = [
-    "I cancelled on the 2nd and still paid on the 5th. What is that payment for?",
-    "I cancelled on the 2nd and still paid on the 5th. Please send it back.",
-    "I paid on the 5th and have decided that it was the last time. Please cancel.",
+    "Tracking says delivered at noon. Nothing is here.",
+    "What is the 3.10 on my last invoice for?",
+    "I cancelled on the 2nd and still paid on the 5th. Please send the money back.",
 ]
 
 

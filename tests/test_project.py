@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def _requirements(path: Path) -> list[Requirement]:
     return [Requirement(line) for line in lines if line]
 
 
+@functools.cache
 def _modules_after(statement: str) -> set[str]:
     """Top-level packages in `sys.modules` of a fresh interpreter after `statement`."""
     code = f"import sys\n{statement}\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
