@@ -154,7 +154,7 @@ def predict_split(
             {
                 **evaluation,
                 # A run on a GPU can be evaluated without one.
-                "use_cpu": evaluation["use_cpu"] or not torch.accelerator.is_available(),
+                "use_cpu": evaluation.get("use_cpu") or not torch.accelerator.is_available(),
                 "report_to": "none",
                 "label_names": list(task.label_names),
                 "dataloader_pin_memory": torch.cuda.is_available(),
