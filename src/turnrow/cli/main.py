@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
@@ -35,11 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = [option for action in commands[args.command]._actions for option in action.option_strings]
         commands[args.command].error(f"unknown argument {rest[0]!r}{near_matches(rest[0].partition('=')[0], options)}")
     args.overrides = rest
-    _show_messages()
-    # Between peft and transformers; nothing that a user of the command line could mend.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     try:
-        return args.run(args)
+        with _messages_on_stderr(), warnings.catch_warnings():
+            # Between peft and transformers; nothing that a user of the command line could mend.
+            warnings.filterwarnings(
+                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+            )
+            return args.run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -80,10 +83,19 @@ def _command(name: str) -> ModuleType:
     return import_module(f"turnrow.cli.{name}")
 
 
-def _show_messages() -> None:
-    """Messages of turnrow (resumed from, deleted, finished) go to stderr as plain lines."""
+@contextmanager
+def _messages_on_stderr() -> Iterator[None]:
+    """Messages of turnrow (resumed from, deleted, finished) go to stderr as plain lines while a command runs."""
     logger = logging.getLogger("turnrow")
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    level, propagate = logger.level, logger.propagate
+    # Made anew for every command: a handler keeps the stderr of the moment it was made.
+    handler = logging.StreamHandler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
