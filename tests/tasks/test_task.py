@@ -114,6 +114,9 @@ class LongestWindow(Task):
     def columns(self) -> list[str]:
         return ["context", "answer"]
 
+    def input_columns(self) -> list[str]:
+        return self.columns()
+
     def fit(self, train: Dataset) -> None:
         require_columns(train, self.columns(), "train")
 

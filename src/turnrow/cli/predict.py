@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 def _example(adapter: str, texts: list[str]) -> dict[str, str]:
     from turnrow.training.saved import saved_task
 
-    columns = saved_task(adapter).text_columns
+    columns = saved_task(adapter).input_columns()
     if len(columns) != len(texts):
         raise UserError(
             f"--text was given {len(texts)} times; this adapter's task reads {', '.join(columns)}: give it {len(columns)} times"

@@ -50,6 +50,10 @@ class SequenceTask(Task):
         """Return the columns of the texts and of the label."""
         return [*self.text_columns, self.label]
 
+    def input_columns(self) -> list[str]:
+        """One text, or the two of a pair."""
+        return list(self.text_columns)
+
     def encode(
         self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, *, split: str
     ) -> Dataset:

@@ -84,6 +84,10 @@ class Task(ABC):
         """Return the columns that a labelled split must have."""
 
     @abstractmethod
+    def input_columns(self) -> list[str]:
+        """Return the columns that prediction needs, without the labels."""
+
+    @abstractmethod
     def fit(self, train: Dataset) -> None:
         """Learn from the training split what the data defines, such as the labels.
 
