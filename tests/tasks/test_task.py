@@ -115,7 +115,7 @@ class LongestWindow(Task):
         return ["context", "answer"]
 
     def input_columns(self) -> list[str]:
-        return self.columns()
+        return ["context"]
 
     def fit(self, train: Dataset) -> None:
         require_columns(train, self.columns(), "train")
