@@ -149,3 +149,23 @@ def test_gradient_under_autocast_is_float32_and_close(ops):
     assert delta.grad is not None
     assert delta.grad.dtype == torch.float32
     torch.testing.assert_close(delta.grad, exact, rtol=0.05, atol=0.15)
+
+
+@BOTH
+def test_no_gradient_is_copied_for_a_layer_with_a_bias(ops):
+    weight, index, delta, _ = _case(ops)
+    delta.requires_grad_()
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    y = torch.nn.functional.linear(x, weight, torch.zeros(7, dtype=torch.float64))
+    assert y._is_view()  # of the two-dimensional product: without this the test proves nothing
+    attached = ops.attach_gradient(y, x, delta, index)
+    assert attached.shape == (2, 3, 7)
+    seen, todo = set(), [attached.grad_fn]
+    while todo:
+        node = todo.pop()
+        seen.add(type(node).__name__)
+        todo += [parent for parent, _ in node.next_functions if parent is not None]
+    assert "CopySlices" not in seen
+    attached += 1  # a reader may still overwrite it
+    attached.sum().backward()
+    assert delta.grad is not None

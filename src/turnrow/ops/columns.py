@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from turnrow.ops.delta import unviewed
+
 __all__ = ["attach_gradient", "keep", "lora_factors", "overlay", "put_", "shape"]
 
 
@@ -57,7 +59,9 @@ def attach_gradient(y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tenso
     Returns:
         y, now a function of delta for autograd.
     """
-    return _ColumnGradient.apply(y, x.detach().index_select(-1, index), delta)
+    whole = unviewed(y)
+    attached = _ColumnGradient.apply(whole, x.detach().index_select(-1, index), delta)
+    return attached if whole is y else attached.view(y.shape)
 
 
 def lora_factors(delta: Tensor, index: Tensor, in_features: int) -> tuple[Tensor, Tensor]:

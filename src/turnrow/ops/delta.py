@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["adapted"]
+__all__ = ["adapted", "unviewed"]
 
 
 def adapted(kept: Tensor, delta: Tensor) -> Tensor:
@@ -13,3 +13,15 @@ def adapted(kept: Tensor, delta: Tensor) -> Tensor:
     Training, merging and export all round here, so a merged model computes exactly what was trained.
     """
     return (kept + delta).to(kept.dtype)
+
+
+def unviewed(y: Tensor) -> Tensor:
+    """The whole tensor that y is a mere reshaping of, or y itself.
+
+    A linear layer with a bias returns a view of its two-dimensional product. To autograd, handing on a view in place means
+    copying its gradient three times in the backward pass; handing on the product itself costs nothing.
+    """
+    base = y._base
+    if base is not None and base.numel() == y.numel() and base.is_contiguous() and y.is_contiguous():
+        return base
+    return y

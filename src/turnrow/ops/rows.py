@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from turnrow.ops.delta import unviewed
+
 __all__ = ["attach_gradient", "keep", "lora_factors", "overlay", "put_", "shape"]
 
 
@@ -58,7 +60,9 @@ def attach_gradient(y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tenso
     Returns:
         y, now a function of delta for autograd.
     """
-    return _RowGradient.apply(y, x, delta, index)
+    whole = unviewed(y)
+    attached = _RowGradient.apply(whole, x, delta, index)
+    return attached if whole is y else attached.view(y.shape)
 
 
 def lora_factors(delta: Tensor, index: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
