@@ -16,12 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+# Tests are never timed: a busy machine is no failure.
+hypothesis.settings.register_profile("turnrow", deadline=None)
+hypothesis.settings.load_profile("turnrow")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
