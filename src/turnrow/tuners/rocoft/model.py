@@ -116,8 +116,9 @@ class RocoftModel(BaseTuner):
         }
         # modules_to_save decide for themselves.
         others = {id(p) for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
+        kept = ours | others
         for parameter in model.parameters():
-            if id(parameter) not in ours | others:
+            if id(parameter) not in kept:
                 parameter.requires_grad_(False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
