@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from turnrow.errors import UserError
 from turnrow.tasks import Task, ready_to_pad, resolve_max_length
 from turnrow.training.quiet import without_load_report
 
-__all__ = ["Base", "input_limit", "load_base", "load_tokenizer", "resolve_model"]
+__all__ = [
+    "Base",
+    "Skeleton",
+    "input_limit",
+    "load_base",
+    "load_skeleton",
+    "load_tokenizer",
+    "position_limit",
+    "resolve_model",
+]
 
 _PREFIX = "package:"
 # Packages whose weights we vouch for: the extra that installs them and the sha256 of model.safetensors.
@@ -36,6 +46,15 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     new_modules: tuple[str, ...]
     """Modules that the pretrained weights did not hold, such as a new classifier."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A base model without weights, on the meta device."""
+
+    model: PreTrainedModel
+    new_modules: tuple[str, ...]
+    """As of `Base`."""
 
 
 def resolve_model(name: str) -> str:
@@ -72,33 +91,95 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
         return ready_to_pad(AutoTokenizer.from_pretrained(location))
 
 
-def load_base(name: str, task: Task, *, dtype: str = "float32") -> Base:
+def load_base(name: str, task: Task, *, dtype: str = "float32", device_map: Any = None) -> Base:
     """Load a base model for a task; its head, which is trained, is float32 whatever `dtype`.
 
     Args:
         name: as in `Recipe.model`.
         task: fitted, so that it knows for example the number of labels.
         dtype: of the frozen weights.
+        device_map: as in `Recipe.device_map`.
+
+    Raises:
+        UserError: no such model; or `device_map` leaves weights on the disk, or in the memory of the host while the model
+            runs on a GPU, where no gradient reaches them.
     """
     location = resolve_model(name)
     tokenizer = load_tokenizer(location)
+    model, new_modules = _load(name, location, task.auto_model, task.model_kwargs(), dtype=dtype, device_map=device_map)
+    away = next((key for key, parameter in model.named_parameters() if parameter.is_meta), None)
+    if away is not None:
+        raise UserError(
+            f"device_map is {device_map!r}, which offloads {away!r} from the device that computes; training needs every "
+            "weight there: name devices with enough memory, or take a smaller dtype"
+        )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return Base(model, tokenizer, new_modules)
+
+
+def load_skeleton(name: str, auto_model: str, settings: Mapping[str, Any], *, dtype: str = "float32") -> Skeleton:
+    """What `load_base` would load, on the meta device: no weight is read, none is downloaded.
+
+    Args:
+        name: as in `Recipe.model`; a folder may hold nothing but ``config.json``.
+        auto_model: as in `Task.auto_model`.
+        settings: as of `Task.model_kwargs`.
+        dtype: of the frozen weights.
+
+    Raises:
+        UserError: there is no such model, or it cannot be had without network.
+    """
+    location = resolve_model(name)
+    try:
+        # Reads the names and sizes in the headers of the files, as far as there are any here.
+        model, new_modules = _load(
+            name, location, auto_model, settings, dtype=dtype, device_map="meta", local_files_only=True
+        )
+    except UserError:
+        with _plain_errors(name), without_load_report():
+            config = AutoConfig.from_pretrained(location, **settings)
+            with torch.device("meta"):
+                model = getattr(transformers, auto_model).from_config(config, dtype=getattr(torch, dtype))
+        new_modules = _settle_heads(model, _absent_by_architecture(model))
+    return Skeleton(model, new_modules)
+
+
+def _load(
+    name: str, location: str, auto_model: str, settings: Mapping[str, Any], *, dtype: str, **how: Any
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     with _plain_errors(name), without_load_report():
-        model, loaded = getattr(transformers, task.auto_model).from_pretrained(
+        model, loaded = getattr(transformers, auto_model).from_pretrained(
             location,
             dtype=getattr(torch, dtype),
             # A base that was fine-tuned for another number of labels gets a new head.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **task.model_kwargs(),
+            **settings,
+            **how,
         )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    absent = {*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])}
+    return model, _settle_heads(model, {*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])})
+
+
+def _settle_heads(model: PreTrainedModel, absent: set[str]) -> tuple[str, ...]:
+    """Put what will be trained whole into float32; returns the modules all of whose parameters are in `absent`."""
     new_modules = _whole_modules(model, absent)
     for module_name, module in model.named_modules():
         if module_name in (*new_modules, *_HEADS):
             _keep_float32(module)
-    return Base(model, tokenizer, new_modules)
+    return new_modules
+
+
+def _absent_by_architecture(model: PreTrainedModel) -> set[str]:
+    """Parameters that the model named in the config does not have, and so neither does its checkpoint."""
+    stored = getattr(transformers, (model.config.architectures or [""])[0], None)
+    prefix = f"{model.base_model_prefix}."
+    # A name out of a file may choose among transformers' models, nothing else.
+    if not (isinstance(stored, type) and issubclass(stored, PreTrainedModel)):
+        return {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
+    with torch.device("meta"):
+        names = {name.removeprefix(prefix) for name, _ in stored(model.config).named_parameters()}
+    return {name for name, _ in model.named_parameters() if name.removeprefix(prefix) not in names}
 
 
 def input_limit(max_length: int | None, base: Base) -> int:
@@ -107,7 +188,7 @@ def input_limit(max_length: int | None, base: Base) -> int:
     Raises:
         UserError: `max_length` exceeds the positions that the model has.
     """
-    positions = _positions(base.model)
+    positions = position_limit(base.model)
     limit = resolve_max_length(base.tokenizer, max_length)
     if positions is None or limit <= positions:
         return limit
@@ -118,7 +199,8 @@ def input_limit(max_length: int | None, base: Base) -> int:
     return positions
 
 
-def _positions(model: PreTrainedModel) -> int | None:
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions the model has; None if its config does not say."""
     tables = [
         module
         for name, module in model.named_modules()

@@ -90,7 +90,7 @@ def _run(recipe: Recipe, folder: RunFolder, *, overwrite: bool) -> RunResult:
     task = make_task(**recipe.task)
     args = training_arguments(recipe, task, str(folder.checkpoints))
     tables = _read(recipe, task)
-    base = load_base(recipe.model, task, dtype=recipe.dtype)
+    base = load_base(recipe.model, task, dtype=recipe.dtype, device_map=recipe.device_map)
     limit = input_limit(recipe.max_length, base)
     with without_dataset_bars(bool(args.disable_tqdm)):
         splits = {

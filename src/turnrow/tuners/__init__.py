@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from turnrow.tuners._dense import rehearsal
 from turnrow.tuners.counting import ParameterCount, count_parameters
 from turnrow.tuners.registration import register
 from turnrow.tuners.road import RoadConfig, RoadModel
@@ -15,4 +16,5 @@ __all__ = [
     "RocoftModel",
     "count_parameters",
     "register",
+    "rehearsal",
 ]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["dense_linear", "dense_weight", "features", "is_plain_tensor"]
+__all__ = ["dense_linear", "dense_weight", "features", "is_plain_tensor", "rehearsal"]
 
 DenseLinear = nn.Linear | Conv1D
+
+_rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
 
 
 def dense_linear(module: nn.Module) -> DenseLinear | None:
@@ -40,4 +47,20 @@ def dense_weight(layer: DenseLinear, *, values: bool = False) -> Tensor:
 
 def is_plain_tensor(weight: Tensor) -> bool:
     """Whether the values of `weight` are all here: no sharded or quantized subclass, nothing on the meta device."""
+    if _rehearsing.get() and isinstance(weight, FakeTensor):
+        return True
     return type(weight) in (Tensor, nn.Parameter) and weight.device.type != "meta"
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """In this block a FakeTensor passes for a weight that is here.
+
+    A forward and backward on fake tensors then goes through the same steps, and takes the same bytes, as training does;
+    otherwise layers treat a weight without values as one that is elsewhere.
+    """
+    token = _rehearsing.set(True)
+    try:
+        yield
+    finally:
+        _rehearsing.reset(token)

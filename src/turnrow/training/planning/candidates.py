@@ -1,0 +1,65 @@
+"""The methods that a plan compares: the recipe's own, its siblings, LoRA and full fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from turnrow.training.methods import method_config
+
+__all__ = ["LORA_RANK", "candidates", "title"]
+
+LORA_RANK = 8
+
+# Which modules are adapted is the recipe's choice for every method that can take it.
+_SHARED = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+
+
+def candidates(method: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The `method` sections to compare, the given one first, none twice."""
+    shared = {name: method[name] for name in _SHARED if method.get(name) is not None}
+    everywhere = {"target_modules": "all-linear", **shared}
+    rank = {"r": method["r"]} if method["name"] == "rocoft" and "r" in method else {}
+    group = {"group_size": method["group_size"]} if method["name"] == "road" and "group_size" in method else {}
+    others: list[dict[str, Any]] = [
+        {"name": "rocoft", "mode": "row", **rank, **shared},
+        {"name": "rocoft", "mode": "column", **rank, **shared},
+        {"name": "road", "variant": "road_1", **group, **everywhere},
+        {"name": "lora", "r": LORA_RANK, **everywhere},
+        {"name": "full"},
+    ]
+    chosen = [dict(method)]
+    for other in map(_without_unknown, others):
+        if all(_identity(other) != _identity(known) for known in chosen):
+            chosen.append(other)
+    return chosen
+
+
+def title(method: Mapping[str, Any]) -> str:
+    """A short name, such as ``"rocoft row r=3"``."""
+    config = method_config(method)
+    if config is None:
+        return str(method["name"])
+    kind = next(
+        (
+            getattr(config, name)
+            for name in ("mode", "variant")
+            if method["name"] in ("rocoft", "road") and hasattr(config, name)
+        ),
+        None,
+    )
+    rank = getattr(config, "r", None)
+    return " ".join(filter(None, [method["name"], kind, rank and f"r={rank}"]))
+
+
+def _without_unknown(method: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what the config of the method has no field for."""
+    config = method_config({"name": method["name"]})
+    known = {"name", *(field.name for field in fields(config))} if config is not None else {"name"}
+    return {name: value for name, value in method.items() if name in known}
+
+
+def _identity(method: Mapping[str, Any]) -> tuple[Any, ...]:
+    config = method_config(method)
+    return (method["name"], None if config is None else config.to_dict())
