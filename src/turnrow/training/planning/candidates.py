@@ -21,7 +21,8 @@ def candidates(method: Mapping[str, Any]) -> list[dict[str, Any]]:
     shared = {name: method[name] for name in _SHARED if method.get(name) is not None}
     everywhere = {"target_modules": "all-linear", **shared}
     rank = {"r": method["r"]} if method["name"] == "rocoft" and "r" in method else {}
-    group = {"group_size": method["group_size"]} if method["name"] == "road" and "group_size" in method else {}
+    # Neither counts nor bytes depend on the size of the groups; pairs of neighbours fit every even number of features.
+    group = {"group_size": method.get("group_size", 64) if method["name"] == "road" else 2}
     others: list[dict[str, Any]] = [
         {"name": "rocoft", "mode": "row", **rank, **shared},
         {"name": "rocoft", "mode": "column", **rank, **shared},
@@ -41,16 +42,10 @@ def title(method: Mapping[str, Any]) -> str:
     config = method_config(method)
     if config is None:
         return str(method["name"])
-    kind = next(
-        (
-            getattr(config, name)
-            for name in ("mode", "variant")
-            if method["name"] in ("rocoft", "road") and hasattr(config, name)
-        ),
-        None,
-    )
+    kind = {"rocoft": "mode", "road": "variant"}.get(method["name"])
     rank = getattr(config, "r", None)
-    return " ".join(filter(None, [method["name"], kind, rank and f"r={rank}"]))
+    parts = [method["name"], kind and getattr(config, kind), rank and f"r={rank}"]
+    return " ".join(str(part) for part in parts if part)
 
 
 def _without_unknown(method: dict[str, Any]) -> dict[str, Any]:

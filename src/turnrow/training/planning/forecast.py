@@ -86,8 +86,7 @@ def _check_sizes(batches: Sequence[object] | None, sequence: object, memory: obj
 def _plan_method(method: Mapping[str, Any], setting: Setting, sizes: Sequence[int], memory: int | None) -> MethodPlan:
     base = copy.deepcopy(setting.skeleton.model)
     base_bytes = _bytes(base)
-    with torch.device("meta"):
-        model: Any = apply_method(Skeleton(base, setting.skeleton.new_modules), method, setting.task.peft_task_type)
+    model = _adapted(Skeleton(base, setting.skeleton.new_modules), method, setting.task.peft_task_type)
     setting.prepare(model)
     model_bytes = _bytes(model)
     if method["name"] == "full":
@@ -132,6 +131,16 @@ def _plan_method(method: Mapping[str, Any], setting: Setting, sizes: Sequence[in
         largest_batch=fits,
         note="; ".join(notes) or None,
     )
+
+
+def _adapted(base: Skeleton, method: Mapping[str, Any], peft_task_type: str) -> Any:
+    try:
+        with torch.device("meta"):
+            return apply_method(base, method, peft_task_type)
+    except RuntimeError as error:
+        raise UserError(
+            f"method {method['name']} cannot be planned, because it starts from the values of the weights: {error}"
+        ) from error
 
 
 def _bytes(model: nn.Module) -> int:
