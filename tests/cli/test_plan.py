@@ -31,11 +31,11 @@ def recipe(tmp_path: Path) -> Path:
 def test_the_table_has_a_row_a_method_and_says_what_is_left_out(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["plan", "--config", str(recipe), "--batch", "2", "4", "--memory", "2MB", "--method.r", "2"]
+    arguments = ["plan", "--config", str(recipe), "--batch", "2", "4", "--memory", "1KB", "--method.r", "2"]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     header = next(line for line in shown.splitlines() if line.split()[:1] == ["method"])
-    assert all(name in header for name in ("trained", "saved x2", "peak x2", "saved x4", "peak x4", "fits 2MB"))
+    assert all(name in header for name in ("trained", "saved x2", "peak x2", "saved x4", "peak x4", "fits 1KB"))
     for title in ("rocoft row r=2", "rocoft column r=2", "road road_1", "lora r=8", "full"):
         assert any(line.strip().startswith(title) for line in shown.splitlines()), title
     assert "assumed: 2 labels" in shown
