@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertModel, DebertaV2Config, LlamaConfig, TrainingArguments
+from transformers import BartConfig, BertConfig, BertForMaskedLM, BertModel, LlamaConfig, TrainingArguments
 
 from benchmarks.measure import held_bytes, saved_bytes
 from benchmarks.plan import Case, Run, make_checkpoint, recipe_fields
@@ -213,7 +213,12 @@ def test_the_search_finds_the_largest(pieces: list[tuple[int, int]], memory: int
 def test_a_model_that_looks_at_values_gets_all_but_the_forecast_of_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    DebertaV2Config(**SIZES).save_pretrained(tmp_path)
+    sides = {
+        f"{side}_{name}": 1 if name == "layers" else 2
+        for side in ("encoder", "decoder")
+        for name in ("layers", "attention_heads")
+    }
+    BartConfig(vocab_size=60, d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, **sides).save_pretrained(tmp_path)
     (method,) = own_method(tmp_path, monkeypatch).methods
     assert method.trainable_parameters > 0
     assert method.base_bytes > 0
