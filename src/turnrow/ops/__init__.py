@@ -6,6 +6,7 @@ Knows torch alone. Every equation of turnrow lives in this room; layers, merging
 - `rows`: train r rows of a weight matrix (RoCoFT).
 - `columns`: train r columns of a weight matrix (RoCoFT).
 - `rotation`: rotate and scale pairs of output features (RoAd).
+- `tokens`: sums over tokens, which every gradient above is.
 """
 
 from __future__ import annotations

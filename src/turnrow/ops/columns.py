@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from turnrow.ops.delta import unviewed
+from turnrow.ops.tokens import token_product
 
 __all__ = ["attach_gradient", "keep", "lora_factors", "overlay", "put_", "shape"]
 
@@ -88,5 +89,5 @@ class _ColumnGradient(torch.autograd.Function):
             with torch.autocast(dy.device.type, enabled=False):
                 x_s = x_s.reshape(-1, x_s.shape[-1]).to(dy.dtype)
                 # (x_s^T dy)^T: with r rows of output this order is several times faster than dy^T x_s, with r columns.
-                d_delta = (x_s.t() @ dy.reshape(-1, dy.shape[-1])).t().to(delta.dtype)
+                d_delta = token_product(x_s, dy.reshape(-1, dy.shape[-1])).t().to(delta.dtype)
         return dy, None, d_delta

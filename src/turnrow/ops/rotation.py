@@ -37,6 +37,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from turnrow.ops.tokens import token_product
+
 __all__ = [
     "Keep",
     "OutputWatch",
@@ -373,5 +375,5 @@ def _sum_tokens(a: Tensor, b: Tensor, c: Tensor | None = None, d: Tensor | None 
     if c is not None and d is not None:
         product.addcmul_(c.to(wide), d.to(wide), value=sign)
     # A product with a row of ones: on CPUs several times faster than a sum over the first dimension.
-    ones = product.new_ones(1, product.shape[0])
-    return (ones @ product.flatten(1)).view(product.shape[1:])
+    ones = product.new_ones(product.shape[0], 1)
+    return token_product(ones, product.flatten(1)).view(product.shape[1:])

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from turnrow.ops.delta import unviewed
+from turnrow.ops.tokens import token_product
 
 __all__ = ["attach_gradient", "keep", "lora_factors", "overlay", "put_", "shape"]
 
@@ -89,5 +90,5 @@ class _RowGradient(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             with torch.autocast(dy.device.type, enabled=False):
                 dy_s = dy.index_select(-1, index).to(x.dtype)  # (..., r)
-                d_delta = (dy_s.reshape(-1, dy_s.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).to(delta.dtype)
+                d_delta = token_product(dy_s.reshape(-1, dy_s.shape[-1]), x.reshape(-1, x.shape[-1])).to(delta.dtype)
         return dy, None, d_delta, None
