@@ -126,6 +126,11 @@ ROCOFT: dict[str, Callable[..., PeftConfig]] = {
     "column": lambda **kw: RocoftConfig(r=3, mode="column", **kw),
     "row-indices": lambda **kw: RocoftConfig(mode="row", indices=[7, 1], **kw),
     "column-indices": lambda **kw: RocoftConfig(mode="column", indices=[5, 11, 2], **kw),
+    "row+column": lambda **kw: RocoftConfig(r=3, mode="row+column", **kw),
+    "row+column-indices": lambda **kw: RocoftConfig(
+        mode="row+column", indices={"row": [7, 1], "column": [5, 0, 2]}, bias="none", **kw
+    ),
+    "entry": lambda **kw: RocoftConfig(mode="entry", density=0.1, **kw),
     "row-bias": lambda **kw: RocoftConfig(r=2, bias="rocoft_only", **kw),
     "column-all-biases": lambda **kw: RocoftConfig(r=2, mode="column", bias="all", **kw),
 }

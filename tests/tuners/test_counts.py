@@ -47,6 +47,20 @@ def test_llama_2_7b(mode, per_unit, r):
     assert count.total == 6_738_415_616 + r * per_unit + indices + rotary
 
 
+@pytest.mark.parametrize("r", [1, 3])
+def test_rows_and_columns_together_count_their_crossing_once(r):
+    model = get_peft_model(_llama_2_7b(), RocoftConfig(r=r, mode="row+column", target_modules=LLAMA))
+    crossings = 32 * 7 * r * r
+    assert count_parameters(model).trainable == r * (1_138_688 + 1_359_872) - crossings
+
+
+@pytest.mark.parametrize("density", [0.1, 0.01])
+def test_entries_are_the_share_of_each_weight_that_was_asked_for(density):
+    model = get_peft_model(_roberta_base(), RocoftConfig(mode="entry", density=density, target_modules=ROBERTA))
+    expected = 12 * (4 * round(density * 768 * 768) + 2 * round(density * 768 * 3072))
+    assert count_parameters(model).trainable == expected
+
+
 def test_road_on_llama_2_7b():
     outputs = 32 * (4 * 4096 + 2 * 11008 + 4096)
     for variant, parameters in (("road_1", outputs), ("road_2", 2 * outputs), ("road_4", 4 * outputs)):

@@ -5,12 +5,13 @@ Knows torch alone. Every equation of turnrow lives in this room; layers, merging
 - `delta`: a trained difference on top of kept values.
 - `rows`: train r rows of a weight matrix (RoCoFT).
 - `columns`: train r columns of a weight matrix (RoCoFT).
+- `entries`: train single entries of a weight matrix (RoCoFT's ablation).
 - `rotation`: rotate and scale pairs of output features (RoAd).
 - `tokens`: sums over tokens, which every gradient above is.
 """
 
 from __future__ import annotations
 
-from turnrow.ops import columns, delta, rotation, rows
+from turnrow.ops import columns, delta, entries, rotation, rows
 
-__all__ = ["columns", "delta", "rotation", "rows"]
+__all__ = ["columns", "delta", "entries", "rotation", "rows"]

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from turnrow.ops.delta import unviewed
 from turnrow.ops.tokens import token_product
 
-__all__ = ["attach_gradient", "keep", "lora_factors", "overlay", "put_", "shape"]
+__all__ = ["attach_gradient", "keep", "lora_factors", "others", "overlay", "put_", "shape", "spread"]
 
 
 def shape(out_features: int, in_features: int, r: int) -> tuple[int, int]:
@@ -34,6 +34,26 @@ def keep(weight: Tensor, index: Tensor) -> Tensor:
 def put_(weight: Tensor, index: Tensor, values: Tensor) -> None:
     """W[:, S] = values, in place. `weight` may be a transposed view."""
     weight.index_copy_(1, index, values)
+
+
+def others(rows: Tensor, out_features: int) -> Tensor:
+    """The rows that are not in `rows`, ascending: (out - r,) int64."""
+    taken = torch.zeros(out_features, dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
+    # A stable sort puts the free rows first. Unlike nonzero() its size is known, so nothing waits for a device.
+    return taken.to(torch.uint8).argsort(stable=True)[: out_features - len(rows)]
+
+
+def spread(delta: Tensor, rest: Tensor, out_features: int) -> Tensor:
+    """Columns beside trained rows: the crossing belongs to the rows, so that it counts once and is moved once.
+
+    Args:
+        delta: (out - r, r), the columns without the rows that are trained themselves.
+        rest: (out - r,), the rows that delta is for, see `others`.
+
+    Returns:
+        (out, r), zero in the trained rows; differentiable.
+    """
+    return delta.new_zeros(out_features, delta.shape[1]).index_copy(0, rest, delta)
 
 
 def overlay(y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from peft.config import PeftConfig
 
@@ -11,13 +11,13 @@ from turnrow.errors import UserError, near_matches
 
 __all__ = ["RocoftConfig"]
 
-Mode = Literal["row", "column"]
+Mode = Literal["row", "column", "row+column", "entry"]
 Bias = Literal["none", "rocoft_only", "all"]
 
 
 @dataclass
 class RocoftConfig(PeftConfig):
-    """Train r rows or columns of each target weight (Kowsher et al., ACL 2025, equation 2).
+    """Train r rows or columns of each target weight, or single entries (Kowsher et al., ACL 2025, equation 2, tables 11, 12).
 
     Raises:
         UserError: a value is not allowed; names it and what is allowed.
@@ -27,16 +27,24 @@ class RocoftConfig(PeftConfig):
     mode: Mode = field(
         default="row",
         metadata={
-            "help": "'row' trains W[S, :], one output feature a row; 'column' trains W[:, S], one input feature a column. "
-            "Columns keep almost nothing for the backward pass."
+            "help": "'row' trains W[S, :], one output feature a row; 'column' trains W[:, S], one input feature a column, and "
+            "keeps almost nothing for the backward pass; 'row+column' trains r of each, what lies in both once; 'entry' "
+            "trains the share `density` of all single entries."
         },
     )
-    indices: list[int] | dict[str, list[int]] | None = field(
+    density: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the entries that mode 'entry' trains, above 0 and at most 1; r plays no part there."
+        },
+    )
+    indices: list[int] | dict[str, Any] | None = field(
         default=None,
         metadata={
             "help": "Which rows or columns. None takes the first r; a list serves every module; a dict maps module names "
-            "(whole, or their last parts) to lists, and the first r serve the modules it does not name. Where indices "
-            "are given their number is the rank of the module. The indices are saved with the adapter."
+            "(whole, or their last parts) to lists, and the first r serve the modules it does not name. For 'row+column' "
+            "{'row': [...], 'column': [...]} stands in the place of a list; for 'entry' a number is row * in_features + "
+            "column. Where indices are given their number is the rank of the module. They are saved with the adapter."
         },
     )
     target_modules: list[str] | set[str] | str | None = field(
@@ -90,6 +98,7 @@ class RocoftConfig(PeftConfig):
         _check_choice("mode", self.mode, get_args(Mode))
         _check_choice("bias", self.bias, get_args(Bias))
         _check_rank("r", self.r)
+        _check_density(self.mode, self.density)
         for pattern, rank in (self.rank_pattern or {}).items():
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
         if self.indices is not None and not isinstance(self.indices, (list, tuple, dict)):
@@ -112,3 +121,15 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _check_rank(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{name} is {value!r}; it must be a whole number of rows or columns, 1 or more")
+
+
+def _check_density(mode: str, density: object) -> None:
+    if mode != "entry":
+        if density is not None:
+            raise UserError(f"density is {density!r}, but mode {mode!r} trains whole {mode}s: set r, or mode='entry'")
+        return
+    number = isinstance(density, (int, float)) and not isinstance(density, bool)
+    if not (number and 0 < density <= 1):
+        raise UserError(
+            f"density is {density!r}; mode 'entry' needs the share of entries to train, above 0 and at most 1, such as 0.01"
+        )

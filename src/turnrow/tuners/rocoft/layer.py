@@ -1,83 +1,91 @@
-"""The adapter layers of RoCoFT.
+"""What all adapter layers of RoCoFT share: the adapter's tensors, and keeping the base bit-identical.
 
 Two ways to compute the same thing:
 
-*live* - the weight of the base layer itself holds W0 + delta, and the r original rows or columns are kept aside. A
+*live* - the weight of the base layer itself holds W0 + delta, and the original rows, columns or entries are kept aside. A
 forward is the plain base layer. Taken whenever one adapter is active on a dense weight that belongs to this layer alone.
 
 *overlay* - the weight stays W0 and the change is added to the output. Taken for several active adapters, weights that are
-sharded, tied or elsewhere (meta device), and under `torch.func`.
+quantized, sharded, tied or elsewhere (meta device), under `torch.compile` and under `torch.func`.
 
 The weight goes live with the first forward and stays so until anything needs W0: disabling, switching, merging, deleting,
-unloading, saving or loading a state dict, moving or casting the model. Then the kept rows or columns are put back, which
-restores W0 bit for bit. They are on record before the weight is written, so an exception cannot lose them.
+unloading, saving or loading a state dict, moving or casting the model. Then the kept values are put back, which restores
+W0 bit for bit. They are on record before the weight is written, so an exception cannot lose them.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import ModuleType
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from turnrow.errors import UserError
-from turnrow.ops import columns, rows
+from turnrow.ops import columns
 from turnrow.ops.delta import adapted
-from turnrow.selection import check_indices, first
-from turnrow.tuners._dense import dense_weight, features, is_plain_tensor
-from turnrow.tuners.rocoft.config import RocoftConfig
+from turnrow.tuners._dense import dense_weight
+from turnrow.tuners.rocoft.parts import PARTS, Part
 
-__all__ = ["RocoftBias", "RocoftLayer", "RocoftLinear"]
+__all__ = ["Active", "RocoftLayer", "trainable_dtype"]
 
-_OPS: dict[str, ModuleType] = {"row": rows, "column": columns}
 
-_NOISE = 0.1
-"""Standard deviation of the random differences that `init_weights=False` starts from."""
+@dataclass(frozen=True)
+class Active:
+    """The active adapters as a layer has them, resolved once: looking them up at every forward costs more than a small layer."""
+
+    names: tuple[str, ...]
+    parts: tuple[Part, ...]
+    """Of all active adapters, in their order."""
+    with_bias: tuple[str, ...]
 
 
 @dataclass
 class _Kept:
     """Original values taken out of a weight or bias, so that they can be put back."""
 
-    adapter: str
     part: str
-    """"row", "column" or "bias"."""
+    """"row", "column", "entry" or "bias"."""
     index: Tensor | None
     values: Tensor
-    index_stamp: tuple | None = None
-    """State of the index tensor when the values were taken out."""
-    delta_stamp: tuple | None = None
-    """State of delta and of the weight when the weight was last written."""
+
+
+@dataclass
+class _Live:
+    """What a live weight holds beside W0."""
+
+    active: Active
+    kept: list[_Kept]
+    index_stamps: list[tuple[int, int]]
+    """State of the index tensors when the originals were taken out."""
+    written: list[tuple[int, int]] = field(default_factory=list)
+    """State of the parameters and of the weight when the weight was last written."""
 
 
 class RocoftLayer(BaseTunerLayer, nn.Module):
-    """What all RoCoFT layers share: the adapter's tensors, and keeping the base bit-identical."""
+    """An adapter layer of RoCoFT around a base layer with a weight, a bias, or both."""
 
-    adapter_layer_names: tuple[str, ...] = ("rocoft_row", "rocoft_column", "rocoft_bias")
-    other_param_names: tuple[str, ...] = ("rocoft_row_index", "rocoft_column_index")
+    adapter_layer_names: tuple[str, ...] = ("rocoft_row", "rocoft_column", "rocoft_entry", "rocoft_bias")
+    other_param_names: tuple[str, ...] = ("rocoft_row_index", "rocoft_column_index", "rocoft_entry_index")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
-        self.rocoft_row = nn.ParameterDict()
-        self.rocoft_column = nn.ParameterDict()
-        self.rocoft_bias = nn.ParameterDict()
-        self.rocoft_row_index = BufferDict(persistent=True)
-        self.rocoft_column_index = BufferDict(persistent=True)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        for name in self.other_param_names:
+            setattr(self, name, BufferDict(persistent=True))
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
         self.weight_is_shared = False
         """Set by the model where another module uses the same weight: then it must not change in place."""
-        self._live: _Kept | None = None
+        self._active: Active | None = None
+        self._live: _Live | None = None
         self._merged: list[_Kept] = []
 
     # --- the adapter's tensors -------------------------------------------------------------------------------------
@@ -85,21 +93,39 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
     def _add_bias(self, adapter_name: str) -> None:
         bias = getattr(self._base, "bias", None)
         if bias is not None:
-            self.rocoft_bias[adapter_name] = nn.Parameter(torch.zeros_like(bias, dtype=_trainable_dtype(bias)))
+            self.rocoft_bias[adapter_name] = nn.Parameter(torch.zeros_like(bias, dtype=trainable_dtype(bias)))
 
     @property
     def _available_adapters(self) -> set[str]:
         return self._get_available_adapters()
 
-    def _part(self, adapter_name: str) -> str | None:
-        """Which part of the weight the adapter trains here: "row", "column", or None."""
-        return "row" if adapter_name in self.rocoft_row else "column" if adapter_name in self.rocoft_column else None
+    def parts(self, adapter_name: str) -> list[Part]:
+        """The parts of the weight that an adapter trains here."""
+        found = []
+        for name in PARTS:
+            if adapter_name not in getattr(self, f"rocoft_{name}"):
+                continue
+            parameter = getattr(self, f"rocoft_{name}")[adapter_name]
+            index = getattr(self, f"rocoft_{name}_index")[adapter_name]
+            rest = None
+            if name == "column" and adapter_name in self.rocoft_row:
+                with torch.inference_mode(False):  # looked up once, in whatever mode: training needs it too
+                    rest = columns.others(self.rocoft_row_index[adapter_name], self.out_features)
+            holder = getattr(self, f"rocoft_{name}")
+            found.append(Part(name, parameter, index, rest, self.out_features, holder, adapter_name))
+        # The crossing of rows and columns belongs to the rows, so they are written last.
+        return sorted(found, key=lambda part: part.name == "row")
 
-    def _delta(self, adapter_name: str, part: str) -> Tensor:
-        return getattr(self, f"rocoft_{part}")[adapter_name]
-
-    def _index(self, adapter_name: str, part: str) -> Tensor:
-        return getattr(self, f"rocoft_{part}_index")[adapter_name]
+    @property
+    def active(self) -> Active:
+        """The active adapters, looked up anew after any change."""
+        active = self._active
+        if active is None or not (torch.compiler.is_compiling() or all(part.is_current() for part in active.parts)):
+            available = self._available_adapters
+            names = tuple(name for name in self.active_adapters if name in available)
+            parts = tuple(part for name in names for part in self.parts(name))
+            active = self._active = Active(names, parts, tuple(name for name in names if name in self.rocoft_bias))
+        return active
 
     @property
     def _base(self) -> Any:
@@ -112,26 +138,29 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
 
     # --- live ------------------------------------------------------------------------------------------------------
 
-    def _go_live(self, adapter_name: str, part: str) -> None:
-        """Make the weight hold W0 + delta of this adapter."""
-        delta, index = self._delta(adapter_name, part), self._index(adapter_name, part)
-        index_stamp = (index.data_ptr(), _version(index))
-        kept = self._live
-        if kept is None or (kept.adapter, kept.part, kept.index_stamp) != (adapter_name, part, index_stamp):
+    def _go_live(self, active: Active) -> None:
+        """Make the weight hold W0 + delta of the active adapter."""
+        live = self._live
+        index_stamps = [_stamp(part.index) for part in active.parts]
+        if live is None or live.active is not active or live.index_stamps != index_stamps:
             self.restore_base()
-            originals = _OPS[part].keep(self._values(), index)
-            kept = self._live = _Kept(adapter_name, part, index.clone(), originals, index_stamp)
-        delta_stamp = (delta.data_ptr(), _version(delta), self._base.weight.data_ptr())
-        # While delta is trained the weight is written at every forward: `delta.data` can change unseen by its version.
-        if kept.delta_stamp != delta_stamp or delta.requires_grad:
-            self._write(kept, adapted(kept.values, delta.detach()))
-            kept.delta_stamp = delta_stamp
+            values = self._values()
+            kept = [_Kept(part.name, part.index.clone(), part.ops.keep(values, part.index)) for part in active.parts]
+            live = self._live = _Live(active, kept, index_stamps)
+        written = [_stamp(part.parameter) for part in active.parts]
+        written.append((self._base.weight.data_ptr(), 0))
+        # While it is trained the weight is written at every forward: `parameter.data` can change unseen by its version.
+        if live.written != written or any(part.parameter.requires_grad for part in active.parts):
+            with torch.no_grad():
+                for part, kept in zip(active.parts, live.kept, strict=True):
+                    self._write(kept, adapted(kept.values, part.delta()))
+            live.written = written
 
     def restore_base(self) -> None:
-        """Put the original rows or columns back if the weight is live. Bit-exact; merged adapters stay merged."""
-        kept = self._live
-        if kept is not None:
-            self._write(kept, kept.values)
+        """Put the original values back if the weight is live. Bit-exact; merged adapters stay merged."""
+        if self._live is not None:
+            for kept in self._live.kept:
+                self._write(kept, kept.values)
             self._live = None
 
     def _write(self, kept: _Kept, values: Tensor) -> None:
@@ -139,9 +168,14 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
             if kept.part == "bias":
                 self._base.bias.data.copy_(values)
             else:
-                _OPS[kept.part].put_(self._values(), kept.index, values)
+                PARTS[kept.part].put_(self._values(), kept.index, values)
 
     # --- whatever needs W0 restores it first -----------------------------------------------------------------------
+
+    def _adapters_change(self) -> None:
+        """Called before anything about the adapters or the weight changes."""
+        self.restore_base()
+        self._active = None
 
     def enable_adapters(self, enabled: bool) -> None:
         """As in peft; disabling restores the base at once, not at the next forward."""
@@ -151,16 +185,17 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As in peft; the base is restored at once."""
-        self.restore_base()
+        self._adapters_change()
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in peft; the base is restored at once."""
-        self.restore_base()
+        self._adapters_change()
         super().delete_adapter(adapter_name)
+        self._active = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RocoftLayer:
-        self.restore_base()
+        self._adapters_change()
         result = super()._apply(fn, recurse)
         for kept in self._merged:
             kept.values = fn(kept.values)
@@ -173,7 +208,7 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
         return super().state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.restore_base()
+        self._adapters_change()
         super()._load_from_state_dict(*args, **kwargs)
 
     # --- merging ---------------------------------------------------------------------------------------------------
@@ -190,23 +225,26 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
         """
         self.restore_base()
         for name in check_adapters_to_merge(self, adapter_names):
-            parts = [part for part in ("row", "column", "bias") if name in getattr(self, f"rocoft_{part}")]
-            if safe_merge and not all(torch.isfinite(self._delta(name, part)).all() for part in parts):
+            parts = self.parts(name)
+            bias = [self.rocoft_bias[name]] if name in self.rocoft_bias else []
+            trained = [part.parameter for part in parts] + bias
+            if safe_merge and not all(torch.isfinite(parameter).all() for parameter in trained):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            for part in parts:
-                self._merge_part(name, part)
-            if parts:
+            self._merge_parts(parts)
+            for change in bias:
+                self._replace(_Kept("bias", None, self._base.bias.detach().clone()), change)
+            if trained:
                 self.merged_adapters.append(name)
 
-    def _merge_part(self, name: str, part: str) -> None:
-        if part == "bias":
-            index, values = None, self._base.bias.detach().clone()
-        else:
-            index = self._index(name, part).clone()
-            values = _OPS[part].keep(self._values(), index)
-        kept = _Kept(name, part, index, values)
+    def _merge_parts(self, parts: list[Part]) -> None:
+        # All originals are taken out before the first part is written: rows and columns cross.
+        kept = [_Kept(part.name, part.index.clone(), part.ops.keep(self._values(), part.index)) for part in parts]
+        for part, originals in zip(parts, kept, strict=True):
+            self._replace(originals, part.delta())
+
+    def _replace(self, kept: _Kept, change: Tensor) -> None:
         self._merged.append(kept)
-        self._write(kept, adapted(values, self._delta(name, part).detach()))
+        self._write(kept, adapted(kept.values, change.detach()))
 
     def unmerge(self) -> None:
         """Put back what merging replaced, last first: the base is bit-identical to what it was."""
@@ -221,9 +259,8 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
 
     # --- forward ---------------------------------------------------------------------------------------------------
 
-    def _call_base(self, active: list[str], args: tuple, kwargs: dict) -> Any:
-        """The base layer, with the biases of the active adapters."""
-        with_bias = [name for name in active if name in self.rocoft_bias]
+    def _call_base(self, with_bias: tuple[str, ...], args: tuple, kwargs: dict) -> Any:
+        """The base layer, with the biases of the adapters named."""
         if not with_bias:
             return self.base_layer(*args, **kwargs)
         base = self._base
@@ -232,144 +269,15 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
             bias = bias + self.rocoft_bias[name]
         return functional_call(self.base_layer, {"bias": bias.to(base.bias.dtype)}, args, kwargs)
 
-    def _active_here(self) -> list[str]:
-        available = self._available_adapters
-        return [name for name in self.active_adapters if name in available]
-
-
-class RocoftLinear(RocoftLayer):
-    """A linear layer (torch.nn.Linear, or GPT-2's Conv1D) of which r rows or columns are trained."""
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: RocoftConfig, name: str) -> None:
-        super().__init__(base_layer, adapter_name)
-        self.out_features, self.in_features = features(self._base)
-        self.update_layer(adapter_name, config, name)
-
-    def update_layer(self, adapter_name: str, config: RocoftConfig, name: str) -> None:
-        """Add an adapter: delta = 0 for the rows or columns that the config chooses for the module called `name`."""
-        weight = self._base.weight
-        index = choose_index(config, name, self.out_features, self.in_features)
-        delta_shape = _OPS[config.mode].shape(self.out_features, self.in_features, len(index))
-        delta = torch.zeros(delta_shape, dtype=_trainable_dtype(weight), device=weight.device)
-        if not config.init_weights:
-            nn.init.normal_(delta, std=_NOISE)
-        getattr(self, f"rocoft_{config.mode}")[adapter_name] = nn.Parameter(delta)
-        getattr(self, f"rocoft_{config.mode}_index")[adapter_name] = index.to(weight.device)
-        if config.bias != "none":
-            self._add_bias(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer with the rows or columns of the active adapters."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        active = self._active_here()
-        if len(active) == 1 and self._may_go_live(active[0]):
-            return self._live_forward(x, active[0], args, kwargs)
-        self.restore_base()
-        y = self._call_base(active, (x, *args), kwargs)
-        for name in active:
-            part = self._part(name)
-            if part is not None:
-                y = _OPS[part].overlay(y, x, self._delta(name, part), self._index(name, part))
-        return y
-
-    def _live_forward(self, x: Tensor, name: str, args: tuple, kwargs: dict) -> Tensor:
-        part = self._part(name)
-        if part is None:
-            return self._call_base([name], (x, *args), kwargs)
-        self._go_live(name, part)
-        y = self._call_base([name], (x, *args), kwargs)
-        delta = self._delta(name, part)
-        if torch.is_grad_enabled() and delta.requires_grad:
-            y = _OPS[part].attach_gradient(y, x, delta, self._index(name, part))
-        return y
-
-    def _may_go_live(self, name: str) -> bool:
-        weight = self._base.weight
-        return (
-            not self.weight_is_shared
-            and self.base_layer is self._base  # no other adapter layer in between
-            and is_plain_tensor(weight)
-            and weight.dim() == 2  # FSDP flattens what it shards
-            and not weight.requires_grad  # a weight that is trained itself must keep its own gradient
-            and not weight.is_inference()
-            and torch._C._functorch.peek_interpreter_stack() is None
-        )
-
     def __repr__(self) -> str:
         return "rocoft." + super().__repr__()
 
 
-class RocoftBias(RocoftLayer):
-    """Any module whose bias is trained and whose weight is not, for `bias="all"`."""
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
-        super().__init__(base_layer, adapter_name)
-        self.update_layer(adapter_name, config)
-
-    def update_layer(self, adapter_name: str, config: RocoftConfig) -> None:
-        """Add an adapter: a difference of zero to the bias."""
-        self._add_bias(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def __getattr__(self, name: str) -> Any:
-        """What models read of their layers, such as the epsilon of a norm, is still found here."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base layer with the biases of the active adapters."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        active = [] if self.disable_adapters or self.merged else self._active_here()
-        return self._call_base(active, args, kwargs)
-
-    def __repr__(self) -> str:
-        return "rocoft." + super().__repr__()
-
-
-def choose_index(config: RocoftConfig, name: str, out_features: int, in_features: int) -> Tensor:
-    """The rows or columns that `config` chooses for the module called `name`, (r,) int64.
-
-    Raises:
-        UserError: more are asked for than there are, or the given ones do not fit; names the module.
-    """
-    size = out_features if config.mode == "row" else in_features
-    given = _given_indices(config, name)
-    if given is not None:
-        return check_indices(given, size, what=config.mode, module=name)
-    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
-    if r > size:
-        raise UserError(
-            f"r is {r}, but module {name!r} has only {size} {config.mode}s (its weight is {out_features} x {in_features}); "
-            "lower r, or give this module its own rank in rank_pattern"
-        )
-    return first(size, r)
-
-
-def _given_indices(config: RocoftConfig, name: str) -> list[int] | None:
-    if config.indices is None or isinstance(config.indices, (list, tuple)):
-        return config.indices
-    parts = name.split(".")
-    # The whole name first, then shorter and shorter endings: the most specific entry wins.
-    return next(
-        (config.indices[key] for i in range(len(parts)) if (key := ".".join(parts[i:])) in config.indices), None
-    )
-
-
-def _trainable_dtype(like: Tensor) -> torch.dtype:
+def trainable_dtype(like: Tensor) -> torch.dtype:
     """At least float32: half-precision steps would be lost in the weight they are added to."""
     return torch.promote_types(like.dtype, torch.float32)
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _stamp(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor lies and how often it was written: changes whenever its values do, but for writes through `.data`."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

@@ -15,8 +15,11 @@ from torch import nn
 from turnrow.errors import UserError, near_matches
 from turnrow.tuners._dense import DenseLinear, dense_linear, features
 from turnrow.tuners._targets import find_named, resolve_targets
+from turnrow.tuners.rocoft.bias import RocoftBias
 from turnrow.tuners.rocoft.config import RocoftConfig
-from turnrow.tuners.rocoft.layer import RocoftBias, RocoftLayer, RocoftLinear, choose_index
+from turnrow.tuners.rocoft.layer import RocoftLayer
+from turnrow.tuners.rocoft.linear import RocoftLinear
+from turnrow.tuners.rocoft.parts import choose_indices, named_modules
 
 __all__ = ["RocoftModel"]
 
@@ -41,16 +44,15 @@ class RocoftModel(BaseTuner):
     def _prepare_model(self, peft_config: RocoftConfig, model: nn.Module) -> None:
         targets = resolve_targets(self, peft_config, model)
         linear = _linear_layers(targets, model)
-        if isinstance(peft_config.indices, dict):
-            unknown = [key for key in peft_config.indices if not find_named(key, targets)]
-            if unknown:
-                ends = {end for name in targets for end in (name, name.rpartition(".")[2])}
-                raise UserError(
-                    f"indices name modules that are not among the target modules: "
-                    f"{', '.join(f'{key!r}{near_matches(key, ends)}' for key in unknown)}"
-                )
+        unknown = [key for key in named_modules(peft_config) if not find_named(key, targets)]
+        if unknown:
+            ends = {end for name in targets for end in (name, name.rpartition(".")[2])}
+            raise UserError(
+                f"indices name modules that are not among the target modules: "
+                f"{', '.join(f'{key!r}{near_matches(key, ends)}' for key in unknown)}"
+            )
         for name, layer in linear.items():
-            choose_index(peft_config, name, *features(layer))
+            choose_indices(peft_config, name, *features(layer))
         with_bias = {"none": (), "rocoft_only": targets.values(), "all": model.modules()}[peft_config.bias]
         if peft_config.bias != "none" and all(getattr(module, "bias", None) is None for module in with_bias):
             raise UserError(f"bias is {peft_config.bias!r}, but the model has no bias there to train; use bias='none'")

@@ -1,0 +1,41 @@
+"""The adapter layer for a bias alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from turnrow.tuners.rocoft.config import RocoftConfig
+from turnrow.tuners.rocoft.layer import RocoftLayer
+
+__all__ = ["RocoftBias"]
+
+
+class RocoftBias(RocoftLayer):
+    """Any module whose bias is trained and whose weight is not, for `bias="all"`."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
+        super().__init__(base_layer, adapter_name)
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: RocoftConfig) -> None:
+        """Add an adapter: a difference of zero to the bias."""
+        self._add_bias(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def __getattr__(self, name: str) -> Any:
+        """What models read of their layers, such as the epsilon of a norm, is still found here."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer with the biases of the active adapters."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        with_bias = () if self.disable_adapters or self.merged else self.active.with_bias
+        return self._call_base(with_bias, args, kwargs)

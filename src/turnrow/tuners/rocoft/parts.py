@@ -1,0 +1,119 @@
+"""What an adapter trains in one weight: rows, columns, both, or single entries, each by the equations of its module in `ops`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from turnrow.errors import UserError
+from turnrow.ops import columns, entries, rows
+from turnrow.selection import check_indices, first
+from turnrow.tuners.rocoft.config import RocoftConfig
+
+__all__ = ["PARTS", "Part", "choose_indices", "named_modules", "parts_of_mode"]
+
+PARTS: dict[str, ModuleType] = {"row": rows, "column": columns, "entry": entries}
+"""The equations of each part."""
+
+
+def parts_of_mode(mode: str) -> tuple[str, ...]:
+    """The parts of a weight that a mode trains: ``"row+column"`` has two, the others are their own."""
+    return tuple(mode.split("+"))
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One part of one adapter in one layer, at hand for a forward."""
+
+    name: str
+    """``"row"``, ``"column"`` or ``"entry"``."""
+
+    parameter: nn.Parameter
+    """The trained difference."""
+
+    index: Tensor
+    """What of the weight it belongs to."""
+
+    rest: Tensor | None = None
+    """For columns beside trained rows: the rows that the columns cover."""
+
+    out_features: int = 0
+
+    holder: nn.Module | None = None
+    """Where the layer holds the parameter, under `adapter`."""
+    adapter: str = ""
+
+    def is_current(self) -> bool:
+        """Whether the layer still holds this very parameter; sharding, for example, puts another in its place."""
+        return self.holder is None or self.holder._parameters.get(self.adapter) is self.parameter
+
+    @property
+    def ops(self) -> ModuleType:
+        """The equations: ``keep``, ``put_``, ``overlay``, ``attach_gradient``."""
+        return PARTS[self.name]
+
+    def delta(self) -> Tensor:
+        """The difference in the shape that the equations take, differentiable in the parameter."""
+        if self.rest is None:
+            return self.parameter
+        return columns.spread(self.parameter, self.rest, self.out_features)
+
+
+def choose_indices(config: RocoftConfig, name: str, out_features: int, in_features: int) -> dict[str, Tensor]:
+    """The rows, columns or entries that `config` chooses for the module called `name`: by part, (r,) int64.
+
+    Raises:
+        UserError: more are asked for than there are, or the given ones do not fit; names the module.
+    """
+    sizes = {"row": out_features, "column": in_features, "entry": out_features * in_features}
+    given = _given(config, name)
+    chosen = {}
+    for part in parts_of_mode(config.mode):
+        if given is not None:
+            index = check_indices(given[part], sizes[part], what=part, module=name)
+            # The gradient of entries is taken block by block of rows.
+            chosen[part] = index.sort().values if part == "entry" else index
+        else:
+            chosen[part] = first(sizes[part], _rank(config, part, name, out_features, in_features))
+    return chosen
+
+
+def named_modules(config: RocoftConfig) -> list[str]:
+    """The modules that ``config.indices`` names, whole or by their last parts; none where it serves every module."""
+    given = config.indices
+    return [] if not isinstance(given, dict) or set(given) <= set(parts_of_mode(config.mode)) else list(given)
+
+
+def _rank(config: RocoftConfig, part: str, name: str, out_features: int, in_features: int) -> int:
+    """How many rows, columns or entries of a module are trained where no indices are given."""
+    if part == "entry":
+        return entries.count(out_features, in_features, config.density or 0.0)
+    r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+    size = out_features if part == "row" else in_features
+    if r > size:
+        raise UserError(
+            f"r is {r}, but module {name!r} has only {size} {part}s (its weight is {out_features} x {in_features}); "
+            "lower r, or give this module its own rank in rank_pattern"
+        )
+    return r
+
+
+def _given(config: RocoftConfig, name: str) -> dict[str, list[int]] | None:
+    """The indices that the config gives for a module, by part."""
+    given = config.indices
+    parts = parts_of_mode(config.mode)
+    if named_modules(config):
+        pieces = name.split(".")
+        # The whole name first, then shorter and shorter endings: the most specific entry wins.
+        given = next((given[key] for i in range(len(pieces)) if (key := ".".join(pieces[i:])) in given), None)
+    if given is None:
+        return None
+    if len(parts) == 1 and not isinstance(given, dict):
+        return {parts[0]: given}
+    if not isinstance(given, dict) or set(given) != set(parts):
+        wanted = ", ".join(f"{part!r}: [...]" for part in parts)
+        raise UserError(f"indices of module {name!r} are {given!r}; mode {config.mode!r} needs {{{wanted}}}")
+    return given
