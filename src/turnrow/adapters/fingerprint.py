@@ -6,7 +6,7 @@ Of each adapted weight W (out x in) we keep its shape and 32 values at fixed pos
 
 the R2 sequence, which spreads over a rectangle without falling into its rows or columns
 (M. Roberts, "The Unreasonable Effectiveness of Quasirandom Sequences", 2018). For a RoCoFT adapter, half of the
-values come from the whole weight and half from its own rows or columns, where an adapter merged into the base shows.
+values come from the whole weight and half from its own rows, columns or entries, where an adapter merged into the base shows.
 
 Two weights are taken for the same when every value agrees to within what rounding can do to it,
 
@@ -146,10 +146,17 @@ def _is_plain(weight: torch.Tensor) -> bool:
 
 def _sample(weight: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
     rows, columns = range(weight.shape[0]), range(weight.shape[1])
-    own_rows = parameters["rocoft_row_index"].tolist() if "rocoft_row_index" in parameters else rows
-    own_columns = parameters["rocoft_column_index"].tolist() if "rocoft_column_index" in parameters else columns
     positions = [_position(i, rows, columns) for i in range(1, SAMPLES // 2 + 1)]
-    positions += [_position(i, own_rows, own_columns) for i in range(SAMPLES // 2 + 1, SAMPLES + 1)]
+    rest = range(SAMPLES // 2 + 1, SAMPLES + 1)
+    if "rocoft_entry_index" in parameters:
+        own = parameters["rocoft_entry_index"].tolist()
+        positions += [divmod(own[int(len(own) * (i / _PLASTIC % 1))], weight.shape[1]) for i in rest]
+    else:
+        own_rows = parameters["rocoft_row_index"].tolist() if "rocoft_row_index" in parameters else None
+        own_columns = parameters["rocoft_column_index"].tolist() if "rocoft_column_index" in parameters else None
+        for i in rest:
+            in_rows = own_columns is None or (own_rows is not None and i % 2)  # with both trained by turns
+            positions.append(_position(i, own_rows or rows, columns) if in_rows else _position(i, rows, own_columns))
     at = torch.tensor(positions, device=weight.device)
     return weight[at[:, 0], at[:, 1]].float().cpu()
 

@@ -50,7 +50,7 @@ def _print_tables(summary: AdapterSummary) -> None:
         if value:
             facts.add_row(name, value)
     console.print(facts)
-    table = Table("module", "weight", "rows or columns", "values", "norm", "dtype", box=None, padding=(0, 1))
+    table = Table("module", "weight", "trained", "values", "norm", "dtype", box=None, padding=(0, 1))
     for entry in (*summary.modules, *summary.saved):
         table.add_row(*_cells(entry))
     console.print(table)
@@ -82,7 +82,7 @@ def _cells(entry: ModuleSummary) -> tuple[str, ...]:
     return (
         entry.name,
         "" if entry.shape is None else " x ".join(map(str, entry.shape)),
-        "" if entry.indices is None else _short_indices(entry.indices),
+        "; ".join(f"{part} {_short_indices(index)}" for part, index in (entry.indices or {}).items()),
         f"{entry.parameters:,}",
         ", ".join(norms),
         ", ".join(entry.dtypes),

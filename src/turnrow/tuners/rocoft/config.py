@@ -128,8 +128,7 @@ def _check_density(mode: str, density: object) -> None:
         if density is not None:
             raise UserError(f"density is {density!r}, but mode {mode!r} trains whole {mode}s: set r, or mode='entry'")
         return
-    number = isinstance(density, (int, float)) and not isinstance(density, bool)
-    if not (number and 0 < density <= 1):
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise UserError(
             f"density is {density!r}; mode 'entry' needs the share of entries to train, above 0 and at most 1, such as 0.01"
         )

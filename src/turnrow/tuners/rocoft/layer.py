@@ -75,10 +75,14 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
-        for name in self.adapter_layer_names:
-            setattr(self, name, nn.ParameterDict())
-        for name in self.other_param_names:
-            setattr(self, name, BufferDict(persistent=True))
+        self.rocoft_row = nn.ParameterDict()
+        self.rocoft_column = nn.ParameterDict()
+        self.rocoft_entry = nn.ParameterDict()
+        self.rocoft_bias = nn.ParameterDict()
+        self.rocoft_row_index = BufferDict(persistent=True)
+        self.rocoft_column_index = BufferDict(persistent=True)
+        self.rocoft_entry_index = BufferDict(persistent=True)
+        self.out_features = self.in_features = 0
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
@@ -140,13 +144,15 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
 
     def _go_live(self, active: Active) -> None:
         """Make the weight hold W0 + delta of the active adapter."""
-        live = self._live
+        live: _Live | None = self._live
         index_stamps = [_stamp(part.index) for part in active.parts]
         if live is None or live.active is not active or live.index_stamps != index_stamps:
             self.restore_base()
             values = self._values()
-            kept = [_Kept(part.name, part.index.clone(), part.ops.keep(values, part.index)) for part in active.parts]
-            live = self._live = _Live(active, kept, index_stamps)
+            originals = [
+                _Kept(part.name, part.index.clone(), part.ops.keep(values, part.index)) for part in active.parts
+            ]
+            live = self._live = _Live(active, originals, index_stamps)
         written = [_stamp(part.parameter) for part in active.parts]
         written.append((self._base.weight.data_ptr(), 0))
         # While it is trained the weight is written at every forward: `parameter.data` can change unseen by its version.
@@ -158,8 +164,9 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
 
     def restore_base(self) -> None:
         """Put the original values back if the weight is live. Bit-exact; merged adapters stay merged."""
-        if self._live is not None:
-            for kept in self._live.kept:
+        live = self._live
+        if live is not None:
+            for kept in live.kept:
                 self._write(kept, kept.values)
             self._live = None
 

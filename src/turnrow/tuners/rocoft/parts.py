@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ def _rank(config: RocoftConfig, part: str, name: str, out_features: int, in_feat
 
 def _given(config: RocoftConfig, name: str) -> dict[str, list[int]] | None:
     """The indices that the config gives for a module, by part."""
-    given = config.indices
+    given: Any = config.indices
     parts = parts_of_mode(config.mode)
     if named_modules(config):
         pieces = name.split(".")
