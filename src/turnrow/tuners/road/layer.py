@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from peft import RoadConfig
@@ -16,6 +17,9 @@ from turnrow.ops import rotation
 from turnrow.tuners._dense import DenseLinear, dense_weight, features, is_plain_tensor
 
 __all__ = ["RoadLinear"]
+
+Rotation: TypeAlias = tuple[rotation.Variant, int, Tensor, Tensor]
+"""Variant, group size, theta and alpha of an adapter."""
 
 
 class RoadLinear(PeftRoadLinear):
@@ -42,6 +46,9 @@ class RoadLinear(PeftRoadLinear):
         """By adapter: the state of its parameters, their blocks, and whether those can be undone."""
         self._kept_for_unmerge: dict[str, tuple[Tensor, Tensor | None]] = {}
         """Original weight and bias of merged adapters whose rotation cannot be undone (a scale of zero)."""
+        self._active_parameters: tuple[Rotation, ...] | None = None
+        """Of the active adapters. Looked up when they change, so that to `torch.compile` two adapters of equal shape are
+        the same code with other tensors."""
         self.update_layer(adapter_name, config=config)
 
     @property
@@ -59,11 +66,14 @@ class RoadLinear(PeftRoadLinear):
             self.unmerge()
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if torch.compiler.is_compiling() and self._active_parameters is not None:
+            active_parameters = () if self.disable_adapters or self.merged else self._active_parameters
+            return self._plain_forward(x, active_parameters, args, kwargs)
         active = [name for name in self.active_adapters if name in self._available_adapters]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            return self._plain_forward(x, active, args, kwargs)
+            return self._plain_forward(x, self._look_up(active), args, kwargs)
         if len(active) == 1 and not args and not kwargs:
             folded = self._folded_forward(x, active[0])
             if folded is not None:
@@ -73,12 +83,28 @@ class RoadLinear(PeftRoadLinear):
             h = self._rotate(h, name)
         return h
 
-    def _plain_forward(self, x: Tensor, active: list[str], args: tuple, kwargs: dict) -> Tensor:
-        """Differentiable operations only, for the transforms of `torch.func`."""
+    def _plain_forward(self, x: Tensor, active: tuple[Rotation, ...], args: tuple, kwargs: dict) -> Tensor:
+        """Differentiable operations only, for `torch.compile` and the transforms of `torch.func`."""
         h = self.base_layer(x, *args, **kwargs)
-        for name in active:
-            h = rotation.rotate(h, rotation.coefficients(*self._parameters_of(name)))
+        for parameters in active:
+            h = rotation.rotate(h, rotation.coefficients(*parameters))
         return h
+
+    def _look_up(self, names: list[str]) -> tuple[Rotation, ...]:
+        return tuple(self._parameters_of(name) for name in names)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As in peft."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._look_up_active()
+
+    def _look_up_active(self) -> None:
+        self._active_parameters = self._look_up([n for n in self.active_adapters if n in self._available_adapters])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoadLinear:
+        result = super()._apply(fn, recurse)
+        self._look_up_active()  # it may have put new parameters in the place of the old
+        return result
 
     def _folded_forward(self, x: Tensor, name: str) -> Tensor | None:
         """The rotation folded into the weight; None where that is not possible or does not pay."""
@@ -115,7 +141,7 @@ class RoadLinear(PeftRoadLinear):
             return self._watch.setdefault(name, rotation.OutputWatch())
         return None
 
-    def _parameters_of(self, name: str) -> tuple[rotation.Variant, int, Tensor, Tensor]:
+    def _parameters_of(self, name: str) -> Rotation:
         return self.variant[name], self.group_size[name], self.road_theta[name], self.road_alpha[name]
 
     def _blocks(self, name: str) -> tuple[rotation.Coefficients, bool]:
@@ -141,6 +167,7 @@ class RoadLinear(PeftRoadLinear):
         """As in peft."""
         self._forget(adapter_name)
         super().delete_adapter(adapter_name)
+        self._look_up_active()
 
     def _forget(self, adapter_name: str) -> None:
         self._known.pop(adapter_name, None)

@@ -37,5 +37,5 @@ class RocoftBias(RocoftLayer):
         """The base layer with the biases of the active adapters."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        with_bias = () if self.disable_adapters or self.merged else self.active.with_bias
-        return self._call_base(with_bias, args, kwargs)
+        biases = () if self.disable_adapters or self.merged else self.active.biases
+        return self._call_base(biases, args, kwargs)

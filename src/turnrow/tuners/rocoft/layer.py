@@ -38,10 +38,16 @@ __all__ = ["Active", "RocoftLayer", "trainable_dtype"]
 class Active:
     """The active adapters as a layer has them, resolved once: looking them up at every forward costs more than a small layer."""
 
-    names: tuple[str, ...]
+    adapters: int
+    """How many are active here."""
     parts: tuple[Part, ...]
-    """Of all active adapters, in their order."""
-    with_bias: tuple[str, ...]
+    """Of all of them, in their order."""
+    biases: tuple[Part, ...]
+    """Their differences to the bias."""
+
+    def is_current(self) -> bool:
+        """Whether the layer still holds these very parameters."""
+        return all(part.is_current() for part in self.parts) and all(part.is_current() for part in self.biases)
 
 
 @dataclass
@@ -91,6 +97,7 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
         self._active: Active | None = None
         self._live: _Live | None = None
         self._merged: list[_Kept] = []
+        self.register_load_state_dict_post_hook(_look_up_after_loading)
 
     # --- the adapter's tensors -------------------------------------------------------------------------------------
 
@@ -120,15 +127,23 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
         # The crossing of rows and columns belongs to the rows, so they are written last.
         return sorted(found, key=lambda part: part.name == "row")
 
+    def _bias_part(self, adapter_name: str) -> Part:
+        return Part("bias", self.rocoft_bias[adapter_name], None, holder=self.rocoft_bias, adapter=adapter_name)
+
     @property
     def active(self) -> Active:
-        """The active adapters, looked up anew after any change."""
+        """The active adapters, looked up after any change.
+
+        The change itself looks them up, so that to `torch.compile` two adapters of equal shape are the same code with other
+        tensors; a forward does so only where another library put parameters of its own into the layer.
+        """
         active = self._active
-        if active is None or not (torch.compiler.is_compiling() or all(part.is_current() for part in active.parts)):
+        if active is None or not (torch.compiler.is_compiling() or active.is_current()):
             available = self._available_adapters
-            names = tuple(name for name in self.active_adapters if name in available)
+            names = [name for name in self.active_adapters if name in available]
             parts = tuple(part for name in names for part in self.parts(name))
-            active = self._active = Active(names, parts, tuple(name for name in names if name in self.rocoft_bias))
+            biases = tuple(self._bias_part(name) for name in names if name in self.rocoft_bias)
+            active = self._active = Active(len(names), parts, biases)
         return active
 
     @property
@@ -148,10 +163,7 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
         index_stamps = [_stamp(part.index) for part in active.parts]
         if live is None or live.active is not active or live.index_stamps != index_stamps:
             self.restore_base()
-            values = self._values()
-            originals = [
-                _Kept(part.name, part.index.clone(), part.ops.keep(values, part.index)) for part in active.parts
-            ]
+            originals = [self._take_out(part) for part in active.parts]
             live = self._live = _Live(active, originals, index_stamps)
         written = [_stamp(part.parameter) for part in active.parts]
         written.append((self._base.weight.data_ptr(), 0))
@@ -161,6 +173,12 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
                 for part, kept in zip(active.parts, live.kept, strict=True):
                     self._write(kept, adapted(kept.values, part.delta()))
             live.written = written
+
+    def _take_out(self, part: Part) -> _Kept:
+        """A copy of what a part is about to replace."""
+        if part.name == "bias":
+            return _Kept("bias", None, self._base.bias.detach().clone())
+        return _Kept(part.name, part.index.clone(), part.ops.keep(self._values(), part.index))
 
     def restore_base(self) -> None:
         """Put the original values back if the weight is live. Bit-exact; merged adapters stay merged."""
@@ -194,12 +212,14 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
         """As in peft; the base is restored at once."""
         self._adapters_change()
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        _ = self.active
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in peft; the base is restored at once."""
         self._adapters_change()
         super().delete_adapter(adapter_name)
         self._active = None
+        _ = self.active
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RocoftLayer:
         self._adapters_change()
@@ -207,6 +227,7 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
         for kept in self._merged:
             kept.values = fn(kept.values)
             kept.index = None if kept.index is None else fn(kept.index)
+        _ = self.active
         return result
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -233,25 +254,19 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
         self.restore_base()
         for name in check_adapters_to_merge(self, adapter_names):
             parts = self.parts(name)
-            bias = [self.rocoft_bias[name]] if name in self.rocoft_bias else []
-            trained = [part.parameter for part in parts] + bias
-            if safe_merge and not all(torch.isfinite(parameter).all() for parameter in trained):
+            biases = [self._bias_part(name)] if name in self.rocoft_bias else []
+            trained = parts + biases
+            if safe_merge and not all(torch.isfinite(part.parameter).all() for part in trained):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self._merge_parts(parts)
-            for change in bias:
-                self._replace(_Kept("bias", None, self._base.bias.detach().clone()), change)
+            self._merge_parts(trained)
             if trained:
                 self.merged_adapters.append(name)
 
     def _merge_parts(self, parts: list[Part]) -> None:
-        # All originals are taken out before the first part is written: rows and columns cross.
-        kept = [_Kept(part.name, part.index.clone(), part.ops.keep(self._values(), part.index)) for part in parts]
-        for part, originals in zip(parts, kept, strict=True):
-            self._replace(originals, part.delta())
-
-    def _replace(self, kept: _Kept, change: Tensor) -> None:
-        self._merged.append(kept)
-        self._write(kept, adapted(kept.values, change.detach()))
+        originals = [self._take_out(part) for part in parts]  # all before the first is written: rows and columns cross
+        for part, kept in zip(parts, originals, strict=True):
+            self._merged.append(kept)
+            self._write(kept, adapted(kept.values, part.delta().detach()))
 
     def unmerge(self) -> None:
         """Put back what merging replaced, last first: the base is bit-identical to what it was."""
@@ -266,14 +281,14 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
 
     # --- forward ---------------------------------------------------------------------------------------------------
 
-    def _call_base(self, with_bias: tuple[str, ...], args: tuple, kwargs: dict) -> Any:
-        """The base layer, with the biases of the adapters named."""
-        if not with_bias:
+    def _call_base(self, biases: tuple[Part, ...], args: tuple, kwargs: dict) -> Any:
+        """The base layer, its bias changed by `biases`."""
+        if not biases:
             return self.base_layer(*args, **kwargs)
         base = self._base
         bias = base.bias
-        for name in with_bias:
-            bias = bias + self.rocoft_bias[name]
+        for part in biases:
+            bias = bias + part.parameter
         return functional_call(self.base_layer, {"bias": bias.to(base.bias.dtype)}, args, kwargs)
 
     def __repr__(self) -> str:
@@ -283,6 +298,10 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
 def trainable_dtype(like: Tensor) -> torch.dtype:
     """At least float32: half-precision steps would be lost in the weight they are added to."""
     return torch.promote_types(like.dtype, torch.float32)
+
+
+def _look_up_after_loading(layer: RocoftLayer, incompatible_keys: Any) -> None:
+    _ = layer.active
 
 
 def _stamp(tensor: Tensor) -> tuple[int, int]:

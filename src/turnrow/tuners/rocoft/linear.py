@@ -63,17 +63,17 @@ class RocoftLinear(RocoftLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         active = self.active
-        if len(active.names) == 1 and self._may_go_live():
+        if active.adapters == 1 and self._may_go_live():
             return self._live_forward(active, x, args, kwargs)
         self.restore_base()
-        y = self._call_base(active.with_bias, (x, *args), kwargs)
+        y = self._call_base(active.biases, (x, *args), kwargs)
         for part in active.parts:
             y = part.ops.overlay(y, x, part.delta(), part.index)
         return y
 
     def _live_forward(self, active: Active, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         self._go_live(active)
-        y = self._call_base(active.with_bias, (x, *args), kwargs)
+        y = self._call_base(active.biases, (x, *args), kwargs)
         if torch.is_grad_enabled():
             for part in active.parts:
                 if part.parameter.requires_grad:

@@ -30,13 +30,13 @@ class Part:
     """One part of one adapter in one layer, at hand for a forward."""
 
     name: str
-    """``"row"``, ``"column"`` or ``"entry"``."""
+    """``"row"``, ``"column"``, ``"entry"`` or ``"bias"``."""
 
     parameter: nn.Parameter
     """The trained difference."""
 
-    index: Tensor
-    """What of the weight it belongs to."""
+    index: Any
+    """What of the weight it belongs to, (r,) int64; None for a bias."""
 
     rest: Tensor | None = None
     """For columns beside trained rows: the rows that the columns cover."""
