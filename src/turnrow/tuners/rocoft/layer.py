@@ -289,7 +289,10 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
         bias = base.bias
         for part in biases:
             bias = bias + part.parameter
-        return functional_call(self.base_layer, {"bias": bias.to(base.bias.dtype)}, args, kwargs)
+        # under the layers of other adapters, where there are any
+        name = next(name for name, module in self.base_layer.named_modules() if module is base)
+        name = f"{name}.bias" if name else "bias"
+        return functional_call(self.base_layer, {name: bias.to(base.bias.dtype)}, args, kwargs)
 
     def __repr__(self) -> str:
         return "rocoft." + super().__repr__()

@@ -66,8 +66,13 @@ class RocoftModel(BaseTuner):
         """As in peft; with `bias="all"` the other modules that have a bias get a layer too."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
+        RocoftModel.after_injection(self, model, adapter_name, config)
+
+    @staticmethod
+    def after_injection(tuner: BaseTuner, model: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
+        """What is done to a model besides replacing the target layers, by this tuner or a mixed one."""
         if config.bias == "all":
-            self._wrap_other_biases(model, adapter_name, config)
+            _wrap_other_biases(tuner, model, adapter_name, config)
         _mark_shared_weights(model)
 
     def _create_and_replace(
@@ -82,35 +87,8 @@ class RocoftModel(BaseTuner):
         if isinstance(target, RocoftLinear):
             target.update_layer(adapter_name, rocoft_config, current_key)
             return
-        self._insert(
-            RocoftLinear(target, adapter_name, rocoft_config, current_key), adapter_name, target, target_name, parent
-        )
-
-    def _wrap_other_biases(self, model: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
-        """Train the biases of the modules that are no targets."""
-        inside = None
-        for name, module in list(model.named_modules()):
-            if inside is not None and name.startswith(inside):
-                continue
-            inside = None
-            if isinstance(module, RocoftBias):
-                module.update_layer(adapter_name, config)
-            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                inside = f"{name}."
-            elif isinstance(module._parameters.get("bias"), nn.Parameter) and name:
-                parent = model.get_submodule(name.rpartition(".")[0])
-                self._insert(
-                    RocoftBias(module, adapter_name, config), adapter_name, module, name.rpartition(".")[2], parent
-                )
-                inside = f"{name}."
-
-    def _insert(
-        self, layer: nn.Module, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module
-    ) -> None:
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # an additional adapter is not trained until it is activated
-        layer.train(target.training)
-        self._replace_module(parent, target_name, layer, target)
+        layer = RocoftLinear(target, adapter_name, rocoft_config, current_key)
+        _insert(self, layer, adapter_name, target, target_name, parent)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         ours = {
@@ -163,6 +141,33 @@ class RocoftModel(BaseTuner):
                 "adapter_names does not work with RoCoFT: activate one adapter by set_adapter(), or merge it"
             )
         yield
+
+
+def _wrap_other_biases(tuner: BaseTuner, model: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
+    """Train the biases of the modules that are no targets."""
+    inside = None
+    for name, module in list(model.named_modules()):
+        if inside is not None and name.startswith(inside):
+            continue
+        inside = None
+        if isinstance(module, RocoftBias):
+            module.update_layer(adapter_name, config)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside = f"{name}."
+        elif isinstance(module._parameters.get("bias"), nn.Parameter) and name:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            layer = RocoftBias(module, adapter_name, config)
+            _insert(tuner, layer, adapter_name, module, name.rpartition(".")[2], parent)
+            inside = f"{name}."
+
+
+def _insert(
+    tuner: BaseTuner, layer: nn.Module, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module
+) -> None:
+    if adapter_name not in tuner.active_adapters:
+        layer.requires_grad_(False)  # an additional adapter is not trained until it is activated
+    layer.train(target.training)
+    tuner._replace_module(parent, target_name, layer, target)
 
 
 def _layers(model: nn.Module) -> list[RocoftLayer]:
