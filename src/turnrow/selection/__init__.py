@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from turnrow.selection.indices import check_indices
+from turnrow.selection.statistics import GradientSums, InputNorms, real_tokens, weight_gradient
 from turnrow.selection.strategies import (
     STRATEGIES,
     Part,
@@ -16,6 +17,8 @@ from turnrow.selection.strategies import (
 
 __all__ = [
     "STRATEGIES",
+    "GradientSums",
+    "InputNorms",
     "Part",
     "Strategy",
     "check_indices",
@@ -24,4 +27,6 @@ __all__ = [
     "choose_by_score",
     "first",
     "needs_data",
+    "real_tokens",
+    "weight_gradient",
 ]
