@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from turnrow.selection.gathering import Batch, gather
 from turnrow.selection.indices import check_indices
+from turnrow.selection.result import INDEX_FILE_VERSION, Chosen, Selection
 from turnrow.selection.statistics import GradientSums, InputNorms, real_tokens, weight_gradient
 from turnrow.selection.strategies import (
     STRATEGIES,
@@ -16,16 +18,21 @@ from turnrow.selection.strategies import (
 )
 
 __all__ = [
+    "INDEX_FILE_VERSION",
     "STRATEGIES",
+    "Batch",
+    "Chosen",
     "GradientSums",
     "InputNorms",
     "Part",
+    "Selection",
     "Strategy",
     "check_indices",
     "check_strategy",
     "choose",
     "choose_by_score",
     "first",
+    "gather",
     "needs_data",
     "real_tokens",
     "weight_gradient",
