@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from benchmarks.measure import LiveBytes
 from tests.tuners.models import ARCHITECTURES, build
 from turnrow.errors import UserError
-from turnrow.selection import gather
+from turnrow.selection import GradientSums, InputNorms, gather
 
 PARTS = ("row", "column", "entry")
 VOCABULARY = 64
@@ -26,6 +26,10 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 
 def weight(layer: nn.Module) -> torch.Tensor:
     return layer.weight.detach().t() if isinstance(layer, Conv1D) else layer.weight.detach()
+
+
+def row_scores(statistic: InputNorms | GradientSums, layer: nn.Module) -> torch.Tensor:
+    return statistic.scores("row", weight(layer)) if isinstance(statistic, InputNorms) else statistic.scores("row")
 
 
 def padded(architecture: str, batches: int = 3) -> list[dict]:
@@ -99,12 +103,12 @@ def test_gradient_scores_equal_those_of_autograd(architecture, strategy, power):
     model.requires_grad_(False)
     gathered = gather(model, linears(model), batches, strategy, PARTS)
     for name, layer in linears(model).items():
-        assert gathered[name].batches == 3
-        scores = {part: gathered[name].scores(part, weight(layer)) for part in PARTS}
+        assert gathered[name].count == 3
+        scores = {part: gathered[name].scores(part) for part in PARTS}
         torch.testing.assert_close(scores["row"], expected[name].sum(1))
         torch.testing.assert_close(scores["column"], expected[name].sum(0))
         torch.testing.assert_close(scores["entry"], expected[name].flatten())
-    assert any(statistic.scores("row", weight(linears(model)[name])).any() for name, statistic in gathered.items())
+        assert scores["row"].any()
 
 
 @pytest.mark.parametrize("strategy", ["wanda_max", "gradient"])
@@ -114,11 +118,11 @@ def test_every_architecture_reaches_every_layer(architecture, strategy):
     expected = autograd_sums(model, [inputs], 1)
     gathered = gather(model, linears(model), [inputs], strategy)
     for name, layer in linears(model).items():
-        scores = gathered[name].scores("row", weight(layer))
         if strategy == "gradient":
+            scores = gathered[name].scores("row")
             torch.testing.assert_close(scores, expected[name].sum(1).to(scores), atol=1e-5, rtol=1e-3)
         else:
-            assert scores.all()
+            assert gathered[name].scores("row", weight(layer)).all()
 
 
 def test_a_model_that_adds_in_place_to_the_view_of_a_biased_layer_is_followed():
@@ -134,7 +138,7 @@ def test_a_model_that_adds_in_place_to_the_view_of_a_biased_layer_is_followed():
     model.requires_grad_(False)
     gathered = gather(model, linears(model), batches, "gradient")
     for name, layer in linears(model).items():
-        torch.testing.assert_close(gathered[name].scores("row", weight(layer)), expected[name].sum(1))
+        torch.testing.assert_close(gathered[name].scores("row"), expected[name].sum(1))
 
 
 class Twice(nn.Module):
@@ -161,8 +165,8 @@ def test_a_layer_called_twice_has_one_gradient(last):
         (gradient,) = torch.autograd.grad(model(**batch).loss, model.shared.weight)
         expected += gradient.abs()
     gathered = gather(model, {"shared": model.shared, "idle": model.idle}, batches, "gradient")
-    torch.testing.assert_close(gathered["shared"].scores("row", model.shared.weight), expected.sum(1).double())
-    assert (gathered["shared"].batches, gathered["idle"].batches) == (2, 0)
+    torch.testing.assert_close(gathered["shared"].scores("row"), expected.sum(1).double())
+    assert (gathered["shared"].count, gathered["idle"].count) == (2, 0)
 
 
 class Overwriting(nn.Module):
@@ -244,7 +248,7 @@ def test_dropout_is_off_and_the_callers_grad_mode_does_not_matter(strategy):
     with torch.no_grad():
         again = gather(model, layers, batches, strategy)
     for name, layer in layers.items():
-        assert torch.equal(again[name].scores("row", weight(layer)), expected[name].scores("row", weight(layer)))
+        assert torch.equal(row_scores(again[name], layer), row_scores(expected[name], layer))
 
 
 @pytest.mark.parametrize("strategy", ["wanda_max", "gradient"])
@@ -306,7 +310,7 @@ def test_a_gpu_gives_the_same_scores_every_time_and_those_of_the_cpu_up_to_round
 
     def scores():
         gathered = gather(model, linears(model), batches, strategy)
-        return {n: gathered[n].scores("row", weight(layer)) for n, layer in linears(model).items()}
+        return {name: row_scores(gathered[name], layer) for name, layer in linears(model).items()}
 
     on_cpu = scores()
     model.cuda()

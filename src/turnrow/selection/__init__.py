@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from turnrow.selection.gathering import Batch, gather
 from turnrow.selection.indices import check_indices
-from turnrow.selection.result import INDEX_FILE_VERSION, Chosen, Selection
+from turnrow.selection.result import Chosen, Selection, read_indices
 from turnrow.selection.statistics import GradientSums, InputNorms, real_tokens, weight_gradient
 from turnrow.selection.strategies import (
     STRATEGIES,
@@ -18,7 +18,6 @@ from turnrow.selection.strategies import (
 )
 
 __all__ = [
-    "INDEX_FILE_VERSION",
     "STRATEGIES",
     "Batch",
     "Chosen",
@@ -34,6 +33,7 @@ __all__ = [
     "first",
     "gather",
     "needs_data",
+    "read_indices",
     "real_tokens",
     "weight_gradient",
 ]

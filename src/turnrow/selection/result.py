@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["INDEX_FILE_VERSION", "Chosen", "Selection"]
+from turnrow.errors import UserError
 
-INDEX_FILE_VERSION = 1
+__all__ = ["Chosen", "Selection", "read_indices"]
+
+_FILE_VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +62,42 @@ class Selection:
     def to_dict(self) -> dict[str, Any]:
         """What the file of indices holds, as JSON can."""
         return {
-            "version": INDEX_FILE_VERSION,
+            "version": _FILE_VERSION,
             "mode": self.mode,
             "strategy": self.strategy,
             "modules": self.indices(),
         }
+
+
+def read_indices(path: str | Path, mode: str) -> dict[str, Any]:
+    """Read a file that `turnrow select` wrote, as `Selection.indices` gives it.
+
+    Args:
+        path: a JSON file with what `Selection.to_dict` returns.
+        mode: the mode that the indices are wanted for.
+
+    Raises:
+        UserError: there is no such file, it is no file of indices or of a later version, or it is for another mode.
+    """
+    try:
+        held = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"indices names the file {str(path)!r}, which cannot be read ({error.strerror}); write one by turnrow select"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON file of indices: {error}") from None
+    if not isinstance(held, dict) or not isinstance(held.get("modules"), dict) or not held["modules"]:
+        raise UserError(
+            f"{path} is no file of indices: it must hold 'version', 'mode' and 'modules', as turnrow select writes"
+        )
+    if held.get("version") != _FILE_VERSION:
+        raise UserError(
+            f"{path} has format version {held.get('version')!r}, this turnrow reads {_FILE_VERSION}; a higher number comes "
+            "from a later turnrow: upgrade it"
+        )
+    if held.get("mode") != mode:
+        raise UserError(
+            f"{path} holds indices for mode {held.get('mode')!r}, and the mode here is {mode!r}; select anew"
+        )
+    return held["modules"]

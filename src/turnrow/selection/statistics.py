@@ -29,20 +29,19 @@ class InputNorms:
 
     def __init__(self) -> None:
         self._squares: Tensor | None = None
-        self.tokens = 0
+        self.count = 0
         """How many tokens were added."""
 
     def add(self, x: Tensor) -> None:
         """Add the inputs of some tokens, (tokens, in), of any floating-point dtype."""
         squares = _widened(x).square().sum(0, dtype=_sum_dtype(x))
         self._squares = squares if self._squares is None else self._squares.add_(squares)
-        self.tokens += len(x)
+        self.count += len(x)
 
     def scores(self, part: Part | str, weight: Tensor) -> Tensor:
         """The scores of the rows (out,), the columns (in,), or the entries (out * in,), row by row, of a weight (out, in)."""
         magnitudes = _widened(weight).abs()
-        squares = magnitudes.new_zeros(weight.shape[1]) if self._squares is None else self._squares
-        norms = squares.sqrt().to(magnitudes)
+        norms = magnitudes.new_zeros(weight.shape[1]) if self._squares is None else self._squares.sqrt().to(magnitudes)
         if part == "row":
             return magnitudes @ norms
         if part == "column":
@@ -65,7 +64,7 @@ class GradientSums:
         self._parts = tuple(parts)
         self._squared = squared
         self._sums: dict[str, Tensor] = {}
-        self.batches = 0
+        self.count = 0
         """How many batches were added."""
 
     def add(self, gradient: Tensor) -> None:
@@ -77,19 +76,11 @@ class GradientSums:
             else:
                 new = magnitudes.sum(1 if part == "row" else 0, dtype=_sum_dtype(magnitudes))
             self._sums[part] = self._sums[part].add_(new) if part in self._sums else new
-        self.batches += 1
+        self.count += 1
 
-    def scores(self, part: Part | str, weight: Tensor) -> Tensor:
-        """The scores of the rows (out,), the columns (in,), or the entries (out * in,), row by row; zero without a batch.
-
-        Args:
-            part: one of those given at the start.
-            weight: (out, in), of which only shape and device are looked at.
-        """
-        if part in self._sums:
-            return self._sums[part]
-        sizes = {"row": weight.shape[0], "column": weight.shape[1], "entry": weight.numel()}
-        return torch.zeros(sizes[part], device=weight.device)
+    def scores(self, part: Part | str) -> Tensor:
+        """The scores of the rows (out,), the columns (in,), or the entries (out * in,), row by row; needs a batch at least."""
+        return self._sums[part]
 
 
 def weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
