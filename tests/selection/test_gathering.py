@@ -102,7 +102,7 @@ def test_gradient_scores_equal_those_of_autograd(architecture, strategy, power):
     expected = autograd_sums(model, batches, power)
     model.requires_grad_(False)
     gathered = gather(model, linears(model), batches, strategy, PARTS)
-    for name, layer in linears(model).items():
+    for name in linears(model):
         assert gathered[name].count == 3
         scores = {part: gathered[name].scores(part) for part in PARTS}
         torch.testing.assert_close(scores["row"], expected[name].sum(1))
@@ -137,7 +137,7 @@ def test_a_model_that_adds_in_place_to_the_view_of_a_biased_layer_is_followed():
     expected = autograd_sums(model, batches, 1)
     model.requires_grad_(False)
     gathered = gather(model, linears(model), batches, "gradient")
-    for name, layer in linears(model).items():
+    for name in linears(model):
         torch.testing.assert_close(gathered[name].scores("row"), expected[name].sum(1))
 
 
