@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftMixedModel, PeftModel
@@ -75,7 +76,7 @@ def select(
                 module=name,
                 part=part.name,
                 shape=(layer.out_features, layer.in_features),
-                index=part.index.detach().cpu(),
+                index=part.index.to("cpu", copy=True),
                 share=scored[name, part.name][1] if (name, part.name) in scored else None,
             )
             for name, layer in layers.items()
@@ -103,9 +104,10 @@ def _config(model: nn.Module, adapter_name: str) -> RocoftConfig:
 
 def _layers(model: PeftModel | PeftMixedModel, adapter_name: str) -> dict[str, RocoftLinear]:
     """The layers of an adapter by their names in the base model."""
+    base: Any = model.base_model
     return {
         name: module
-        for name, module in model.base_model.model.named_modules()
+        for name, module in base.model.named_modules()
         if isinstance(module, RocoftLinear) and module.parts(adapter_name)
     }
 
@@ -186,9 +188,10 @@ def _without_adapters(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     were_off = [layer._disable_adapters for layer in layers]
     try:
+        for module in model.modules():
+            if isinstance(module, RocoftLayer):
+                module.restore_base()
         for layer in layers:
-            if isinstance(layer, RocoftLayer):
-                layer.restore_base()
             layer._disable_adapters = True
         yield
     finally:
