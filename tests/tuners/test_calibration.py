@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 
 import pytest
 import torch
@@ -109,8 +110,6 @@ def test_the_choice_is_the_same_every_time_and_can_be_given_as_indices():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_file_of_indices_is_read(mode, tmp_path):
-    import json
-
     selection = turnrow.select(adapt(mode=mode, selection="wanda_max"), padded("llama"))
     (tmp_path / "indices.json").write_text(json.dumps(selection.to_dict()))
     model = adapt(mode=mode, indices=str(tmp_path / "indices.json"))

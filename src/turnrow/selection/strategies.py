@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from turnrow.errors import UserError, near_matches
+from turnrow.selection.indices import plural
 
 __all__ = ["STRATEGIES", "Part", "Strategy", "check_strategy", "choose", "choose_by_score", "first", "needs_data"]
 
@@ -166,7 +167,7 @@ def choose_by_score(strategy: str, scores: Tensor, count: int, *, module: str = 
 def _check_count(count: int, size: int, module: str, part: str) -> None:
     if not 1 <= count <= size:
         raise UserError(
-            f"{count} {part}s are to be chosen in module {module!r}, which has {size}; ask for 1 to {size}, or give this "
+            f"{count} {plural(part)} are to be chosen in module {module!r}, which has {size}; ask for 1 to {size}, or give this "
             "module its own rank in rank_pattern"
         )
 

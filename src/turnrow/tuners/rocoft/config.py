@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from peft.config import PeftConfig
 
 from turnrow.errors import UserError, near_matches
-from turnrow.selection import Strategy, check_strategy, read_indices
+from turnrow.selection import check_strategy, read_indices
 
 __all__ = ["RocoftConfig"]
 
@@ -39,7 +39,7 @@ class RocoftConfig(PeftConfig):
             "help": "Share of the entries that mode 'entry' trains, above 0 and at most 1; r plays no part there."
         },
     )
-    selection: Strategy = field(
+    selection: str = field(
         default="first",
         metadata={
             "help": "How rows, columns or entries are chosen where indices does not name them. By number: 'first', 'last', "
