@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from peft.config import PeftConfig
 
 from turnrow.errors import UserError, near_matches
-from turnrow.selection import check_strategy, read_indices
+from turnrow.selection import STRATEGIES, check_strategy, read_indices
 
 __all__ = ["RocoftConfig"]
 
@@ -118,6 +118,11 @@ class RocoftConfig(PeftConfig):
         if isinstance(self.selection_seed, bool) or not isinstance(self.selection_seed, int):
             raise UserError(f"selection_seed is {self.selection_seed!r}; it must be a whole number")
         if isinstance(self.indices, str):
+            if self.indices in STRATEGIES:
+                raise UserError(
+                    f"indices is {self.indices!r}, which is a strategy: say selection={self.indices!r}. As a text it must be the "
+                    "path of a file that turnrow select wrote"
+                )
             self.indices = read_indices(self.indices, self.mode)
         if self.indices is not None and not isinstance(self.indices, (list, tuple, dict)):
             raise UserError(
