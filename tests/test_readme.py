@@ -58,7 +58,7 @@ def _help(command: str) -> str:
 def test_commands_and_options_exist(command: list[str]) -> None:
     name, *arguments = command
     overrides = list(dropwhile(lambda word: not word.startswith("--") or f"{word} " in _help(name), arguments))
-    if name == "train":
+    if name in ("train", "select"):
         assert Recipe.from_yaml(ROOT / arguments[arguments.index("--config") + 1], overrides)
     else:
         assert not overrides

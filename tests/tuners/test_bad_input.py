@@ -25,7 +25,8 @@ from turnrow.errors import UserError
         ),
         ({"bias": "lora_only"}, r"bias is 'lora_only'; it must be one of 'none', 'rocoft_only', 'all'"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0"),
-        ({"indices": "first"}, r"indices is 'first'; it must be None, a list of numbers, or a dict"),
+        ({"indices": 3}, r"indices is 3; it must be None, a list of numbers, a dict .* or the path of a file"),
+        ({"indices": "first"}, r"indices is 'first', which is a strategy: say selection='first'"),
         (
             {"mode": "entry"},
             r"density is None; mode 'entry' needs the share of entries to train, above 0 and at most 1",

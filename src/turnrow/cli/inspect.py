@@ -82,14 +82,15 @@ def _cells(entry: ModuleSummary) -> tuple[str, ...]:
     return (
         entry.name,
         "" if entry.shape is None else " x ".join(map(str, entry.shape)),
-        "; ".join(f"{part} {_short_indices(index)}" for part, index in (entry.indices or {}).items()),
+        "; ".join(f"{part} {short_indices(index)}" for part, index in (entry.indices or {}).items()),
         f"{entry.parameters:,}",
         ", ".join(norms),
         ", ".join(entry.dtypes),
     )
 
 
-def _short_indices(indices: list[int], most: int = 8) -> str:
+def short_indices(indices: list[int], most: int = 8) -> str:
+    """The first of some numbers, and how many there are."""
     shown = " ".join(map(str, indices[:most]))
     return f"{shown} ... ({len(indices)})" if len(indices) > most else shown
 

@@ -17,7 +17,7 @@ from turnrow.errors import UserError, near_matches
 
 __all__ = ["main"]
 
-_COMMANDS = ("train", "evaluate", "predict", "inspect", "merge", "export_lora")
+_COMMANDS = ("train", "select", "evaluate", "predict", "inspect", "merge", "export_lora")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from turnrow.errors import UserError
 
-__all__ = ["check_indices"]
+__all__ = ["check_indices", "plural"]
 
 
 def check_indices(indices: Sequence[int], size: int, *, what: str, module: str) -> Tensor:
@@ -33,7 +33,7 @@ def check_indices(indices: Sequence[int], size: int, *, what: str, module: str) 
     outside = [i for i in indices if not 0 <= i < size]
     if outside:
         raise UserError(
-            f"indices of module {module!r} contain {outside[0]}, which is out of range: it has {size} {_plural(what)}, "
+            f"indices of module {module!r} contain {outside[0]}, which is out of range: it has {size} {plural(what)}, "
             f"numbered 0 to {size - 1}"
         )
     if len(set(indices)) < len(indices):
@@ -42,5 +42,6 @@ def check_indices(indices: Sequence[int], size: int, *, what: str, module: str) 
     return torch.tensor(indices, dtype=torch.int64)
 
 
-def _plural(what: str) -> str:
+def plural(what: str) -> str:
+    """Several of "row", "column" or "entry"."""
     return "entries" if what == "entry" else f"{what}s"

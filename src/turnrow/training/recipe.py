@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -76,6 +76,8 @@ class Recipe:
     """``rocoft``, ``road``, ``full``, ``head`` or any peft method by ``name``, and the fields of its config."""
     training: Section = field(default_factory=dict)
     """Arguments of ``transformers.TrainingArguments``, by their own names."""
+    calibration_samples: int = 256
+    """How many training rows a selection by data (``method.selection``) looks at: the first in the order of training."""
     max_length: int | None = None
     """Longest input in tokens, longer ones are cut; by default what the tokenizer and the model allow."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -118,7 +120,7 @@ class Recipe:
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """Read a recipe file and apply overrides of the command line.
 
-        Relative paths of data files and of the model are looked up from the current directory, as a shell user expects,
+        Relative paths of data files, of the model and of ``method.indices`` are looked up from the current directory, as a shell user expects,
         and, where there is nothing of that name, from the recipe's own folder. `output_dir` is always relative to the
         current directory.
 
@@ -131,7 +133,7 @@ class Recipe:
             UserError: no such file, broken YAML, or anything that `Recipe` itself refuses.
         """
         path = Path(path)
-        return _relocate(cls.from_dict(_parse(path, overrides), where=str(path)), path.parent)
+        return cls.from_dict(_relocate(_parse(path, overrides), path.parent), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, in the order of the fields; ``Recipe.from_dict`` reads them back."""
@@ -255,6 +257,7 @@ def _check_scalars(recipe: Recipe) -> None:
             "leave dtype out, and set training.bf16: true for mixed precision"
         )
     _check_integer("seed", recipe.seed, 0, 2**32 - 1)
+    _check_integer("calibration_samples", recipe.calibration_samples, 1, 2**31 - 1)
     if recipe.max_length is not None:
         _check_integer("max_length", recipe.max_length, 1, 2**31 - 1)
 
@@ -264,9 +267,14 @@ def _check_integer(name: str, value: object, lowest: int, highest: int) -> None:
         raise UserError(f"{name} is {value!r}; expected an integer from {lowest} to {highest}")
 
 
-def _relocate(recipe: Recipe, folder: Path) -> Recipe:
-    def found(name: str) -> str:
-        return name if Path(name).exists() or not (folder / name).exists() else os.path.normpath(folder / name)
+def _relocate(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    def found(name: Any) -> Any:
+        if not isinstance(name, str) or not name or Path(name).exists() or not (folder / name).exists():
+            return name
+        return os.path.normpath(folder / name)
 
-    data = DataFiles(**{name: found(value) for name, value in asdict(recipe.data).items() if value is not None})
-    return replace(recipe, model=found(recipe.model), data=data)
+    moved = values | {"model": found(values.get("model"))}
+    for section, names in (("data", [f.name for f in fields(DataFiles)]), ("method", ["indices"])):
+        if isinstance(held := values.get(section), dict):
+            moved[section] = held | {name: found(held[name]) for name in names if name in held}
+    return moved

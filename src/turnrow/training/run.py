@@ -16,8 +16,10 @@ from datasets import Dataset
 from transformers import Trainer, TrainerState
 
 from turnrow import __version__, count_parameters
+from turnrow.selection import Selection
 from turnrow.tasks import Task, make_task, read_table
 from turnrow.training.base import input_limit, load_base
+from turnrow.training.calibration import calibrate
 from turnrow.training.checkpoints import SealAndRotate, discard_incomplete, last_complete
 from turnrow.training.folder import RunFolder, write_json, write_lines
 from turnrow.training.interrupt import Interrupted, StopOnInterrupt
@@ -97,6 +99,8 @@ def _run(recipe: Recipe, folder: RunFolder, *, overwrite: bool) -> RunResult:
             name: _Split(table, task.encode(table, base.tokenizer, limit, split=name)) for name, table in tables.items()
         }
     model = apply_method(base, recipe.method, task.peft_task_type)
+    # Anew when a run is resumed too: what its checkpoint holds then takes the place of the choice, which is the same.
+    selection = calibrate(model, splits["train"].encoded, task, base.tokenizer, args, recipe.calibration_samples)
     current = SavedModel(model, base.tokenizer, task, limit, evaluation_arguments(args))
 
     if overwrite:
@@ -147,6 +151,7 @@ def _run(recipe: Recipe, folder: RunFolder, *, overwrite: bool) -> RunResult:
         "seconds_per_step": _seconds_per_step(trainer.state),
         "peak_memory_bytes": memory,
         "peak_memory_kind": memory_kind,
+        "selection": _selection_figures(selection, recipe, len(splits["train"].table)),
         "rows": {name: len(split.table) for name, split in splits.items()},
         "device": _device(args.device),
         "threads": torch.get_num_threads(),
@@ -202,6 +207,18 @@ def _seconds_per_step(state: TrainerState) -> float | None:
     """Median over the log entries, so that the first steps, which warm up, do not count."""
     seconds = [entry["seconds_per_step"] for entry in state.log_history if "seconds_per_step" in entry]
     return statistics.median(seconds) if seconds else None
+
+
+def _selection_figures(selection: Selection | None, recipe: Recipe, rows: int) -> dict[str, Any] | None:
+    """How what is trained was chosen by data; the mean is over the modules."""
+    if selection is None:
+        return None
+    shares = [chosen.share for chosen in selection if chosen.share is not None]
+    return {
+        "strategy": selection.strategy,
+        "calibration_samples": min(recipe.calibration_samples, rows),
+        "mean_share_of_scores": statistics.mean(shares) if shares else None,
+    }
 
 
 def _device(device: torch.device) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from turnrow.tuners.counting import ParameterCount, count_parameters
 from turnrow.tuners.registration import register
 from turnrow.tuners.road import RoadConfig, RoadModel
-from turnrow.tuners.rocoft import RocoftConfig, RocoftModel
+from turnrow.tuners.rocoft import RocoftConfig, RocoftModel, select
 
 __all__ = [
     "ParameterCount",
@@ -15,4 +15,5 @@ __all__ = [
     "RocoftModel",
     "count_parameters",
     "register",
+    "select",
 ]

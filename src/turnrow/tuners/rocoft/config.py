@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from peft.config import PeftConfig
 
 from turnrow.errors import UserError, near_matches
+from turnrow.selection import STRATEGIES, check_strategy, read_indices
 
 __all__ = ["RocoftConfig"]
 
@@ -38,13 +39,25 @@ class RocoftConfig(PeftConfig):
             "help": "Share of the entries that mode 'entry' trains, above 0 and at most 1; r plays no part there."
         },
     )
-    indices: list[int] | dict[str, Any] | None = field(
+    selection: str = field(
+        default="first",
+        metadata={
+            "help": "How rows, columns or entries are chosen where indices does not name them. By number: 'first', 'last', "
+            "'uniform' (evenly spaced), 'random'. By what the base does with data: 'wanda_max', 'wanda_min', 'wanda_mixed', "
+            "'gradient', 'fisher'; for these call turnrow.select(model, batches) before training."
+        },
+    )
+    selection_seed: int = field(
+        default=0, metadata={"help": "Seed of the selection 'random', which differs from module to module."}
+    )
+    indices: list[int] | dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Which rows or columns. None takes the first r; a list serves every module; a dict maps module names "
-            "(whole, or their last parts) to lists, and the first r serve the modules it does not name. For 'row+column' "
+            "help": "Which rows or columns. None chooses them by selection; a list serves every module; a dict maps module "
+            "names (whole, or their last parts) to lists, and selection serves the modules it does not name. For 'row+column' "
             "{'row': [...], 'column': [...]} stands in the place of a list; for 'entry' a number is row * in_features + "
-            "column. Where indices are given their number is the rank of the module. They are saved with the adapter."
+            "column. A text is the path of a file that turnrow select wrote; what it holds takes its place. Where indices are "
+            "given their number is the rank of the module. They are saved with the adapter."
         },
     )
     target_modules: list[str] | set[str] | str | None = field(
@@ -101,9 +114,20 @@ class RocoftConfig(PeftConfig):
         _check_density(self.mode, self.density)
         for pattern, rank in (self.rank_pattern or {}).items():
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
+        check_strategy(self.selection)
+        if isinstance(self.selection_seed, bool) or not isinstance(self.selection_seed, int):
+            raise UserError(f"selection_seed is {self.selection_seed!r}; it must be a whole number")
+        if isinstance(self.indices, str):
+            if self.indices in STRATEGIES:
+                raise UserError(
+                    f"indices is {self.indices!r}, which is a strategy: say selection={self.indices!r}. As a text it must be the "
+                    "path of a file that turnrow select wrote"
+                )
+            self.indices = read_indices(self.indices, self.mode)
         if self.indices is not None and not isinstance(self.indices, (list, tuple, dict)):
             raise UserError(
-                f"indices is {self.indices!r}; it must be None, a list of numbers, or a dict from module names to lists"
+                f"indices is {self.indices!r}; it must be None, a list of numbers, a dict from module names to lists, or the "
+                "path of a file that turnrow select wrote"
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise UserError("layers_to_transform needs target_modules as a list of names, not a regular expression")

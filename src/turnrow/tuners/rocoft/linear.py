@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from turnrow.errors import UserError
+from turnrow.selection import needs_data
 from turnrow.tuners._dense import features, is_plain_tensor
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.layer import Active, RocoftLayer, trainable_dtype
-from turnrow.tuners.rocoft.parts import PARTS, choose_indices
+from turnrow.tuners.rocoft.parts import PARTS, choose_indices, is_given
 
 __all__ = ["RocoftLinear"]
 
@@ -24,6 +27,8 @@ class RocoftLinear(RocoftLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: RocoftConfig, name: str) -> None:
         super().__init__(base_layer, adapter_name)
         self.out_features, self.in_features = features(self._base)
+        self._unselected: set[str] = set()
+        """Adapters whose rows, columns or entries are still to be chosen by data."""
         self.update_layer(adapter_name, config, name)
 
     def update_layer(self, adapter_name: str, config: RocoftConfig, name: str) -> None:
@@ -39,6 +44,8 @@ class RocoftLinear(RocoftLayer):
                 nn.init.normal_(delta, std=_NOISE)
             getattr(self, f"rocoft_{part}")[adapter_name] = nn.Parameter(delta)
             getattr(self, f"rocoft_{part}_index")[adapter_name] = index.to(weight.device)
+        if needs_data(config.selection) and not is_given(config, name):
+            self._unselected.add(adapter_name)
         if config.bias != "none":
             self._add_bias(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -53,6 +60,26 @@ class RocoftLinear(RocoftLayer):
         """
         self._adapters_change()
         getattr(self, f"rocoft_{part}_index")[adapter_name].copy_(index)
+        self._unselected.discard(adapter_name)
+
+    def dense_values(self) -> Tensor:
+        """The base weight as (out, in), without any adapter that is not merged."""
+        self.restore_base()
+        return self._values()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in peft."""
+        super().delete_adapter(adapter_name)
+        self._unselected.discard(adapter_name)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # A saved adapter brings its indices along.
+        self._unselected = {
+            name
+            for name in self._unselected
+            if not any(f"{prefix}rocoft_{part}_index.{name}" in state_dict for part in PARTS)
+        }
 
     # --- forward ---------------------------------------------------------------------------------------------------
 
@@ -63,6 +90,8 @@ class RocoftLinear(RocoftLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         active = self.active
+        if self._unselected:
+            self._refuse_unselected(active)
         if active.adapters == 1 and self._may_go_live():
             return self._live_forward(active, x, args, kwargs)
         self.restore_base()
@@ -70,6 +99,14 @@ class RocoftLinear(RocoftLayer):
         for part in active.parts:
             y = part.ops.overlay(y, x, part.delta(), part.index)
         return y
+
+    def _refuse_unselected(self, active: Active) -> None:
+        unselected = self._unselected.intersection(self.active_adapters)
+        if unselected and torch.is_grad_enabled() and any(part.parameter.requires_grad for part in active.parts):
+            raise UserError(
+                f"adapter {min(unselected)!r} selects what it trains by data, and has seen none: call "
+                "turnrow.select(model, batches) before training, or name the indices in its config"
+            )
 
     def _live_forward(self, active: Active, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         self._go_live(active)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from turnrow.errors import UserError
 from turnrow.ops import columns, entries, rows
-from turnrow.selection import check_indices, first
+from turnrow.selection import check_indices, choose, first, needs_data
 from turnrow.tuners.rocoft.config import RocoftConfig
 
-__all__ = ["PARTS", "Part", "choose_indices", "named_modules", "parts_of_mode"]
+__all__ = ["PARTS", "Part", "choose_indices", "is_given", "named_modules", "parts_of_mode"]
 
 PARTS: dict[str, ModuleType] = {"row": rows, "column": columns, "entry": entries}
 """The equations of each part."""
@@ -66,6 +66,8 @@ class Part:
 def choose_indices(config: RocoftConfig, name: str, out_features: int, in_features: int) -> dict[str, Tensor]:
     """The rows, columns or entries that `config` chooses for the module called `name`: by part, (r,) int64.
 
+    Where the choice needs data it is the first ones, in their place until `turnrow.select` has chosen.
+
     Raises:
         UserError: more are asked for than there are, or the given ones do not fit; names the module.
     """
@@ -78,8 +80,18 @@ def choose_indices(config: RocoftConfig, name: str, out_features: int, in_featur
             # The gradient of entries is taken block by block of rows.
             chosen[part] = index.sort().values if part == "entry" else index
         else:
-            chosen[part] = first(sizes[part], _rank(config, part, name, out_features, in_features))
+            count = _rank(config, part, name, out_features, in_features)
+            if needs_data(config.selection):
+                chosen[part] = first(sizes[part], count)
+            else:
+                seed = config.selection_seed
+                chosen[part] = choose(config.selection, sizes[part], count, seed=seed, module=name, part=part)
     return chosen
+
+
+def is_given(config: RocoftConfig, name: str) -> bool:
+    """Whether ``config.indices`` says what is trained in the module called `name`."""
+    return _given(config, name) is not None
 
 
 def named_modules(config: RocoftConfig) -> list[str]:
