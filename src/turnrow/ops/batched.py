@@ -31,6 +31,7 @@ __all__ = [
     "Rotations",
     "RotationsOfAKind",
     "Rows",
+    "add_bias",
     "add_columns",
     "add_entries",
     "add_rows",
@@ -166,6 +167,22 @@ def add_entries(y: Tensor, x: Tensor, entries: Entries) -> Tensor:
     )  # (B out, T)
     change = change[:, :tokens].reshape(samples, -1, tokens).transpose(1, 2).to(y.dtype)
     return y + change if _asks_for_gradient(y, change) else y.add_(change)
+
+
+# --- bias: y_b += bias_b ---------------------------------------------------------------------------------------------
+
+
+def add_bias(y: Tensor, bias: Tensor, dim: int) -> Tensor:
+    """y_b += bias_b.
+
+    Args:
+        y: (B, ...), in the dtype of `bias`.
+        bias: (B, *shape), a difference to the bias of the layer for each sample.
+        dim: dimension of y where `shape` begins.
+    """
+    change = bias.unflatten(0, (len(bias), *(1,) * (dim - 1)))
+    change = change[(..., *(None,) * (y.dim() - change.dim()))]
+    return y + change if _asks_for_gradient(y, bias) else y.add_(change)
 
 
 # --- rotation: z_b = R_b h_b -----------------------------------------------------------------------------------------
