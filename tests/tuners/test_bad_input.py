@@ -127,13 +127,6 @@ def test_a_bad_second_adapter_leaves_the_first_alone():
     assert torch.equal(output(model, inputs), adapted)
 
 
-def test_adapter_names_are_refused_instead_of_ignored():
-    model, inputs = build("llama")
-    model = get_peft_model(model, configure("row", model))
-    with pytest.raises(UserError, match="adapter_names does not work with RoCoFT"):
-        model(**inputs, adapter_names=["default", "default"])
-
-
 def test_an_adapter_of_another_shape_does_not_load(tmp_path):
     model, _ = build("llama")
     get_peft_model(model, RocoftConfig(target_modules=["down_proj"])).save_pretrained(tmp_path)

@@ -8,7 +8,7 @@ from peft import LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_mod
 
 from tests.tuners.models import build, configure, identical, output, perturb, snapshot
 from turnrow import RoadConfig
-from turnrow.tuners.mixed import MixedModel
+from turnrow.tuners.mixed_methods import MixedModel
 
 PAIRS = [
     ("road_1", "lora"),

@@ -15,7 +15,7 @@ import peft.tuners.mixed
 import peft.tuners.mixed.model
 from peft.utils.peft_types import PeftType, register_peft_method
 
-from turnrow.tuners.mixed import MixedModel
+from turnrow.tuners.mixed_methods import MixedModel
 from turnrow.tuners.road.model import RoadModel
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.model import RocoftModel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -13,8 +13,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from turnrow.ops import rotation
+from turnrow.ops import batched, rotation
 from turnrow.tuners._dense import DenseLinear, dense_weight, features, is_plain_tensor
+from turnrow.tuners._mixed_batch import MixedBatch, MixedBatchLayer
 
 __all__ = ["RoadLinear"]
 
@@ -22,7 +23,7 @@ Rotation: TypeAlias = tuple[rotation.Variant, int, Tensor, Tensor]
 """Variant, group size, theta and alpha of an adapter."""
 
 
-class RoadLinear(PeftRoadLinear):
+class RoadLinear(MixedBatchLayer, PeftRoadLinear):
     """A linear layer (torch.nn.Linear, or GPT-2's Conv1D) whose output features are rotated and scaled in pairs.
 
     Parameters, their layout and names are peft's. The forward is ours: where there are more tokens than input features
@@ -59,13 +60,12 @@ class RoadLinear(PeftRoadLinear):
     # --- forward ---------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output, rotated by the active adapters; `adapter_names` gives each sample its own."""
-        self._check_forward_args(x, *args, **kwargs)
-        adapter_names = kwargs.pop("adapter_names", None)
+        """The base layer's output, rotated by the active adapters, or in a mixed batch each sample by its own."""
+        batch = self._slot.batch
+        if batch is not None and not self._disable_adapters:
+            return self._mixed_forward(batch, x, args, kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if adapter_names is not None and not self.disable_adapters:
-            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if torch.compiler.is_compiling() and self._active_parameters is not None:
             active_parameters = () if self.disable_adapters or self.merged else self._active_parameters
             return self._plain_forward(x, active_parameters, args, kwargs)
@@ -82,6 +82,28 @@ class RoadLinear(PeftRoadLinear):
         for name in active:
             h = self._rotate(h, name)
         return h
+
+    def _mixed_forward(self, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        h = self.base_layer(x, *args, **kwargs)
+        rotations = batch.stacked(self, h.dtype)
+        return h if rotations is None else batched.rotate(batch.by_sample(h), rotations).view(h.shape)
+
+    def stack_adapters(self, names: Sequence[str], dtype: torch.dtype) -> batched.Rotations | None:
+        """R for each sample; in the parameters' own dtype."""
+        kinds: dict[tuple[rotation.Variant, int], list[int]] = {}
+        for sample, name in enumerate(names):
+            if name in self.variant:
+                kinds.setdefault((self.variant[name], self.group_size[name]), []).append(sample)
+        angles = [
+            batched.Angles(
+                *kind,
+                samples,
+                theta=[self.road_theta[names[sample]] for sample in samples],
+                alpha=[self.road_alpha[names[sample]] for sample in samples],
+            )
+            for kind, samples in kinds.items()
+        ]
+        return batched.stack_rotations(angles, len(names), self.out_features)
 
     def _plain_forward(self, x: Tensor, active: tuple[Rotation, ...], args: tuple, kwargs: dict) -> Tensor:
         """Differentiable operations only, for `torch.compile` and the transforms of `torch.func`."""
@@ -170,6 +192,7 @@ class RoadLinear(PeftRoadLinear):
         self._look_up_active()
 
     def _forget(self, adapter_name: str) -> None:
+        self.forget_batch()
         self._known.pop(adapter_name, None)
         self._watch.pop(adapter_name, None)
 

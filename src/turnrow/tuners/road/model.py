@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from turnrow.errors import UserError
 from turnrow.tuners._dense import dense_linear, features
+from turnrow.tuners._mixed_batch import MixedBatchModel
 from turnrow.tuners._targets import resolve_targets
 from turnrow.tuners.road.layer import RoadLinear
 
 __all__ = ["RoadModel"]
 
 
-class RoadModel(PeftRoadModel):
+class RoadModel(MixedBatchModel, PeftRoadModel):
     """A model whose target layers' outputs are rotated and scaled in pairs (RoAd).
 
     Made by `peft.get_peft_model(model, RoadConfig(...))`. Quantized layers get peft's own RoAd layers.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.layer import RocoftLayer
+from turnrow.tuners.rocoft.mixed import add_bias, stack_bias
 
 __all__ = ["RocoftBias"]
 
@@ -34,8 +37,18 @@ class RocoftBias(RocoftLayer):
             return getattr(self.base_layer, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base layer with the biases of the active adapters."""
+        """The base layer with the biases of the active adapters, or in a mixed batch of each sample's own."""
+        batch = self._slot.batch
+        if batch is not None and not self._disable_adapters:
+            y = self.base_layer(*args, **kwargs)
+            bias = batch.stacked(self, y.dtype)
+            return y if bias is None else add_bias(y, bias, self._base, batch)
         if self.disable_adapters and self.merged:
             self.unmerge()
         biases = () if self.disable_adapters or self.merged else self.active.biases
         return self._call_base(biases, args, kwargs)
+
+    def stack_adapters(self, names: Sequence[str], dtype: torch.dtype) -> Tensor | None:
+        """The trained difference to the bias for each sample."""
+        biases: Any = self.rocoft_bias
+        return stack_bias(biases, names, dtype)

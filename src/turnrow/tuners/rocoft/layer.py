@@ -29,6 +29,7 @@ from torch.func import functional_call
 from turnrow.ops import columns
 from turnrow.ops.delta import adapted
 from turnrow.tuners._dense import dense_weight
+from turnrow.tuners._mixed_batch import MixedBatchLayer
 from turnrow.tuners.rocoft.parts import PARTS, Part
 
 __all__ = ["Active", "RocoftLayer", "trainable_dtype"]
@@ -72,7 +73,7 @@ class _Live:
     """State of the parameters and of the weight when the weight was last written."""
 
 
-class RocoftLayer(BaseTunerLayer, nn.Module):
+class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
     """An adapter layer of RoCoFT around a base layer with a weight, a bias, or both."""
 
     adapter_layer_names: tuple[str, ...] = ("rocoft_row", "rocoft_column", "rocoft_entry", "rocoft_bias")
@@ -199,6 +200,7 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
 
     def _adapters_change(self) -> None:
         """Called before anything about the adapters or the weight changes."""
+        self.forget_batch()
         self.restore_base()
         self._active = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from turnrow.errors import UserError
 from turnrow.selection import needs_data
 from turnrow.tuners._dense import features, is_plain_tensor
+from turnrow.tuners._mixed_batch import MixedBatch
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.layer import Active, RocoftLayer, trainable_dtype
+from turnrow.tuners.rocoft.mixed import StackedParts, stack_bias, stack_parts
 from turnrow.tuners.rocoft.parts import PARTS, choose_indices, is_given
 
 __all__ = ["RocoftLinear"]
@@ -85,6 +87,9 @@ class RocoftLinear(RocoftLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer with the active adapters; which way it goes is decided anew at every call."""
+        batch = self._slot.batch
+        if batch is not None and not self._disable_adapters:
+            return self._mixed_forward(batch, x, args, kwargs)
         if self._disable_adapters or self.merged_adapters:
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
@@ -116,6 +121,19 @@ class RocoftLinear(RocoftLayer):
                 if part.parameter.requires_grad:
                     y = part.ops.attach_gradient(y, x, part.delta(), part.index)
         return y
+
+    def _mixed_forward(self, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        self.restore_base()
+        y = self.base_layer(x, *args, **kwargs)
+        stacked = batch.stacked(self, y.dtype)
+        return y if stacked is None else stacked.add(batch.by_sample(y), batch.by_sample(x)).view(y.shape)
+
+    def stack_adapters(self, names: Sequence[str], dtype: torch.dtype) -> StackedParts | None:
+        """The parts and biases of each sample's adapter."""
+        parts = {name: self.parts(name) for name in set(names)}
+        biases: Any = self.rocoft_bias
+        bias = stack_bias(biases, names, dtype)
+        return stack_parts([parts[name] for name in names], bias, self.out_features, self.in_features, dtype)
 
     def _may_go_live(self) -> bool:
         if torch.compiler.is_compiling():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import nn
 
 from turnrow.errors import UserError, near_matches
 from turnrow.tuners._dense import DenseLinear, dense_linear, features
+from turnrow.tuners._mixed_batch import MixedBatchModel
 from turnrow.tuners._targets import find_named, resolve_targets
 from turnrow.tuners.rocoft.bias import RocoftBias
 from turnrow.tuners.rocoft.config import RocoftConfig
@@ -24,7 +23,7 @@ from turnrow.tuners.rocoft.parts import choose_indices, named_modules
 __all__ = ["RocoftModel"]
 
 
-class RocoftModel(BaseTuner):
+class RocoftModel(MixedBatchModel):
     """A model of which r rows or columns of the target weights are trained (RoCoFT).
 
     Made by `peft.get_peft_model(model, RocoftConfig(...))`.
@@ -130,17 +129,6 @@ class RocoftModel(BaseTuner):
     def _get_learnable_bias_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Trained biases are adapter tensors of their own (`rocoft_bias`); the base's are not saved."""
         return {}
-
-    # --- batches of several adapters ---------------------------------------------------------------------------------
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """peft drops `adapter_names` in silence where a method does not know it."""
-        if kwargs.get("adapter_names") is not None:
-            raise UserError(
-                "adapter_names does not work with RoCoFT: activate one adapter by set_adapter(), or merge it"
-            )
-        yield
 
 
 def _wrap_other_biases(tuner: BaseTuner, model: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
