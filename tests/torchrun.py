@@ -30,7 +30,7 @@ def start(*arguments: str, processes: int = 2) -> subprocess.Popen[str]:
     )
 
 
-def finish(started: subprocess.Popen[str], timeout: float = 180) -> tuple[int, str, str]:
+def finish(started: subprocess.Popen[str], timeout: float = 300) -> tuple[int, str, str]:
     """Wait and return (exit code, stdout, stderr); after `timeout` seconds end it with all its processes."""
     try:
         out, err = started.communicate(timeout=timeout)
@@ -45,6 +45,6 @@ def finish(started: subprocess.Popen[str], timeout: float = 180) -> tuple[int, s
     return started.returncode, out, err
 
 
-def torchrun(*arguments: str, processes: int = 2, timeout: float = 180) -> tuple[int, str, str]:
+def torchrun(*arguments: str, processes: int = 2, timeout: float = 300) -> tuple[int, str, str]:
     """Start and finish."""
     return finish(start(*arguments, processes=processes), timeout)
