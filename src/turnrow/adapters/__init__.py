@@ -13,6 +13,7 @@ from turnrow.adapters.lora import export_lora
 from turnrow.adapters.manifest import write_manifest
 from turnrow.adapters.merging import MergeResult, merge_adapter
 from turnrow.adapters.reading import read_adapter
+from turnrow.adapters.sharded import save_adapter, whole_state_dict
 
 __all__ = [
     "AdapterFile",
@@ -26,6 +27,8 @@ __all__ = [
     "load_processor",
     "merge_adapter",
     "read_adapter",
+    "save_adapter",
     "skeleton",
+    "whole_state_dict",
     "write_manifest",
 ]

@@ -13,18 +13,20 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from turnrow import __version__, count_parameters
+from turnrow.adapters import whole_state_dict
 from turnrow.selection import Selection
 from turnrow.tasks import Task, make_task, read_table
 from turnrow.training.base import input_limit, load_base
 from turnrow.training.calibration import calibrate
-from turnrow.training.checkpoints import SealAndRotate, discard_incomplete, last_complete
+from turnrow.training.checkpoints import SealAndRotate, check_processes, discard_incomplete, last_complete
 from turnrow.training.folder import RunFolder, write_json, write_lines
 from turnrow.training.interrupt import Interrupted, StopOnInterrupt
 from turnrow.training.measure import peak_memory, reset_peak_memory
 from turnrow.training.methods import apply_method
+from turnrow.training.processes import from_first, is_first
 from turnrow.training.progress import ProgressBars
 from turnrow.training.quiet import without_dataset_bars, without_weight_bars
 from turnrow.training.recipe import Recipe
@@ -64,6 +66,8 @@ class _Split:
 def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> RunResult:
     """Fine-tune as `recipe` says, and evaluate on the test split before and after.
 
+    Started by ``torchrun``, all processes train and evaluate together; the first one writes the folder, and the figures are its.
+
     Args:
         recipe: what to do.
         resume: continue the run that ``recipe.output_dir`` holds from its last complete checkpoint; on CPU, with the same
@@ -80,21 +84,25 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> RunR
         Interrupted: Ctrl-C; the text says how to go on.
     """
     folder = RunFolder(Path(recipe.output_dir))
-    folder.check(recipe, resume=resume, overwrite=overwrite)
-    if resume and folder.metrics.exists():
-        log.info("the run in %s is finished already", folder.root)
-        return RunResult(folder, json.loads(folder.metrics.read_text(encoding="utf-8")))
-    with deterministic(recipe.seed):
-        return _run(recipe, folder, overwrite=overwrite)
-
-
-def _run(recipe: Recipe, folder: RunFolder, *, overwrite: bool) -> RunResult:
+    if is_first():
+        folder.check(recipe, resume=resume, overwrite=overwrite)
     task = make_task(**recipe.task)
+    # From here on the processes know of each other.
     args = training_arguments(recipe, task, str(folder.checkpoints))
+    finished = from_first(_read_metrics(folder) if resume else None)
+    if finished is not None:
+        log.info("the run in %s is finished already", folder.root)
+        return RunResult(folder, finished)
+    with deterministic(recipe.seed):
+        return _run(recipe, task, args, folder, overwrite=overwrite)
+
+
+def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder, *, overwrite: bool) -> RunResult:
     tables = _read(recipe, task)
     base = load_base(recipe.model, task, dtype=recipe.dtype)
     limit = input_limit(recipe.max_length, base)
-    with without_dataset_bars(bool(args.disable_tqdm)):
+    shows = is_first() and not args.disable_tqdm
+    with without_dataset_bars(not shows):
         splits = {
             name: _Split(table, task.encode(table, base.tokenizer, limit, split=name)) for name, table in tables.items()
         }
@@ -103,12 +111,7 @@ def _run(recipe: Recipe, folder: RunFolder, *, overwrite: bool) -> RunResult:
     selection = calibrate(model, splits["train"].encoded, task, base.tokenizer, args, recipe.calibration_samples)
     current = SavedModel(model, base.tokenizer, task, limit, evaluation_arguments(args))
 
-    if overwrite:
-        folder.clear()
-    folder.open(recipe)
-    checkpoint = _checkpoint(folder)
-
-    shows = not args.disable_tqdm
+    checkpoint = from_first(_open(folder, recipe, args, overwrite=overwrite) if is_first() else None)
     before, _ = _evaluate(current, splits["test"], "test, before" if shows else None)
     interrupt = StopOnInterrupt()
     bars = ProgressBars(task.main_metric, "validation")
@@ -148,6 +151,7 @@ def _run(recipe: Recipe, folder: RunFolder, *, overwrite: bool) -> RunResult:
         "epochs": trainer.state.epoch,
         "checkpoint_step": _chosen_step(trainer),
         "resumed_from_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
+        "processes": args.world_size,
         "seconds_per_step": _seconds_per_step(trainer.state),
         "peak_memory_bytes": memory,
         "peak_memory_kind": memory_kind,
@@ -162,8 +166,15 @@ def _run(recipe: Recipe, folder: RunFolder, *, overwrite: bool) -> RunResult:
         },
         "seed": recipe.seed,
     }
-    _write(folder, recipe, current, metrics, trainer.state.log_history, rows)
-    return RunResult(folder, metrics)
+    state = whole_state_dict(model)
+    if is_first():
+        _write(folder, recipe, current, state, metrics, trainer.state.log_history, rows)
+    # The others' timings differ; and nobody returns before the files are there.
+    return RunResult(folder, from_first(metrics))
+
+
+def _read_metrics(folder: RunFolder) -> dict[str, Any] | None:
+    return json.loads(folder.metrics.read_text(encoding="utf-8")) if folder.metrics.exists() else None
 
 
 def _read(recipe: Recipe, task: Task) -> dict[str, Dataset]:
@@ -173,12 +184,16 @@ def _read(recipe: Recipe, task: Task) -> dict[str, Dataset]:
     return tables
 
 
-def _checkpoint(folder: RunFolder) -> Path | None:
-    """The checkpoint to go on from; those cut short are deleted."""
+def _open(folder: RunFolder, recipe: Recipe, args: TrainingArguments, *, overwrite: bool) -> Path | None:
+    """Make the folder that of this run, and return the checkpoint to go on from; those cut short are deleted."""
+    if overwrite:
+        folder.clear()
+    folder.open(recipe)
     for broken in discard_incomplete(folder.checkpoints):
         log.warning("%s was cut short and is deleted", broken)
     checkpoint = last_complete(folder.checkpoints)
     if checkpoint is not None:
+        check_processes(checkpoint, args.world_size)
         log.info("resuming from %s", checkpoint)
     return checkpoint
 
@@ -229,6 +244,7 @@ def _write(
     folder: RunFolder,
     recipe: Recipe,
     current: SavedModel,
+    state: dict[str, torch.Tensor] | None,
     metrics: dict[str, Any],
     history: list[dict[str, Any]],
     rows: list[dict[str, Any]],
@@ -241,7 +257,7 @@ def _write(
     # run, so that the same run gives the same files.
     kept = {name: value for name, value in recipe.to_dict().items() if name != "output_dir"}
     figures = {name: metrics[name] for name in ("before", "after")}
-    save_run(folder.adapter, current, recipe, provenance={"recipe": kept, "metrics": figures})
+    save_run(folder.adapter, current, recipe, provenance={"recipe": kept, "metrics": figures}, state=state)
     write_predictions(folder.predictions, rows)
     write_lines(folder.history, [json.dumps(entry) + "\n" for entry in history])
     draw_curve(folder.curve, history, metrics)

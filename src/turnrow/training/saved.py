@@ -63,7 +63,13 @@ class SavedModel:
         return output.predictions, output.label_ids
 
 
-def save_run(path: Path, trained: SavedModel, recipe: Recipe, provenance: Mapping[str, Any]) -> None:
+def save_run(
+    path: Path,
+    trained: SavedModel,
+    recipe: Recipe,
+    provenance: Mapping[str, Any],
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write the folder `path`, whole or not at all; an older one is replaced.
 
     Args:
@@ -71,9 +77,10 @@ def save_run(path: Path, trained: SavedModel, recipe: Recipe, provenance: Mappin
         trained: what to save.
         recipe: for the name and the dtype of the base.
         provenance: JSON values kept in the manifest.
+        state: the weights, of a model that is sharded over several processes; see `turnrow.adapters.whole_state_dict`.
     """
     with new_folder(path) as folder, without_weight_bars():
-        trained.model.save_pretrained(str(folder))
+        trained.model.save_pretrained(str(folder), state_dict=state)
         # peft's model card is a form with empty fields.
         (folder / "README.md").unlink(missing_ok=True)
         if isinstance(trained.model, PeftModel):

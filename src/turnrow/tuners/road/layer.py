@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from turnrow.ops import batched, rotation
-from turnrow.tuners._dense import DenseLinear, dense_weight, features, is_plain_tensor
+from turnrow.tuners._dense import DenseLinear, dense_weight, features, is_plain_tensor, is_sharded, refuse_sharded
 from turnrow.tuners._mixed_batch import MixedBatch, MixedBatchLayer
 
 __all__ = ["RoadLinear"]
@@ -171,7 +171,8 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
         variant, group_size, theta, alpha = self._parameters_of(name)
         stamp = tuple((p.data_ptr(), -1 if p.is_inference() else p._version, p.requires_grad) for p in (theta, alpha))
         known = self._known.get(name)
-        unchanged = known is not None and known[0] == stamp
+        # What FSDP gathers anew for each forward shows no change: neither its place nor its version differs.
+        unchanged = known is not None and known[0] == stamp and not is_sharded(self._dense)
         # `p.data` can be changed unseen by its version: the blocks of parameters in training are always made anew. Whether
         # they can be undone is asked once for each state, because the answer has to come back from the device.
         if known is None or not unchanged or theta.requires_grad or alpha.requires_grad:
@@ -240,6 +241,7 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
 
     def _base_values(self) -> tuple[Tensor, Tensor | None]:
         """Values of the weight as (out, in) and of the bias, to write to."""
+        refuse_sharded(self._dense)
         bias: Tensor | None = self._dense.bias
         return dense_weight(self._dense, values=True), None if bias is None else bias.data
 

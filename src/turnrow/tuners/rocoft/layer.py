@@ -28,7 +28,7 @@ from torch.func import functional_call
 
 from turnrow.ops import columns
 from turnrow.ops.delta import adapted
-from turnrow.tuners._dense import dense_weight
+from turnrow.tuners._dense import dense_weight, refuse_sharded
 from turnrow.tuners._mixed_batch import MixedBatchLayer
 from turnrow.tuners.rocoft.parts import PARTS, Part
 
@@ -154,6 +154,7 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
 
     def _values(self) -> Tensor:
         """The weight as (out, in), to read and to write."""
+        refuse_sharded(self._base)
         return dense_weight(self._base, values=True)
 
     # --- live ------------------------------------------------------------------------------------------------------

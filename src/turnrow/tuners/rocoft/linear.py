@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from turnrow.errors import UserError
 from turnrow.selection import needs_data
-from turnrow.tuners._dense import features, is_plain_tensor
+from turnrow.tuners._dense import features, is_plain_tensor, is_sharded
 from turnrow.tuners._mixed_batch import MixedBatch
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.layer import Active, RocoftLayer, trainable_dtype
@@ -144,6 +144,7 @@ class RocoftLinear(RocoftLayer):
             weight is not None  # no other adapter layer in between
             and not self.weight_is_shared
             and is_plain_tensor(weight)
+            and not is_sharded(base)
             and weight.is_floating_point()
             and weight.dim() == 2  # FSDP flattens what it shards
             and not weight.requires_grad  # a weight that is trained itself must keep its own gradient
