@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -140,6 +141,23 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
                 self._base.bias.data.copy_(values)
             else:
                 _OPS[kept.part].put_(self._values(), kept.index, values)
+
+    def _held(self) -> tuple[str, str] | None:
+        """Adapter and part that the weight holds now, or None for W0."""
+        return None if self._live is None else (self._live.adapter, self._live.part)
+
+    def _hold(self, held: tuple[str, str] | None) -> None:
+        """Make the weight hold what it held in a forward pass, just before the base layer computes dx = dy W with it.
+
+        Autograd cannot tell that it does not: the reference pass of a preference loss, for one, takes the adapter off between
+        forward and backward. When the backward pass is through, the adapter is off again.
+        """
+        if self._held() == held or self.merged:
+            return
+        self.restore_base()
+        if held is not None:
+            self._go_live(*held)
+            torch.autograd.Variable._execution_engine.queue_callback(self.restore_base)
 
     # --- whatever needs W0 restores it first -----------------------------------------------------------------------
 
@@ -264,14 +282,14 @@ class RocoftLinear(RocoftLayer):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return self._held_for_backward(self.base_layer(x, *args, **kwargs), x)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         active = self._active_here()
         if len(active) == 1 and self._may_go_live(active[0]):
             return self._live_forward(x, active[0], args, kwargs)
         self.restore_base()
-        y = self._call_base(active, (x, *args), kwargs)
+        y = self._held_for_backward(self._call_base(active, (x, *args), kwargs), x)
         for name in active:
             part = self._part(name)
             if part is not None:
@@ -286,7 +304,15 @@ class RocoftLinear(RocoftLayer):
         y = self._call_base([name], (x, *args), kwargs)
         delta = self._delta(name, part)
         if torch.is_grad_enabled() and delta.requires_grad:
-            y = _OPS[part].attach_gradient(y, x, delta, self._index(name, part))
+            before_backward = partial(self._hold, self._held())
+            return _OPS[part].attach_gradient(y, x, delta, self._index(name, part), before_backward)
+        return self._held_for_backward(y, x)
+
+    def _held_for_backward(self, y: Tensor, x: Tensor) -> Tensor:
+        """The base layer's output y, whose backward pass will find the weight as it is now."""
+        if x.requires_grad and y.requires_grad and torch._C._functorch.peek_interpreter_stack() is None:
+            held = self._held()
+            y.register_hook(lambda dy: self._hold(held))
         return y
 
     def _may_go_live(self, name: str) -> bool:
