@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from turnrow.ops.delta import unviewed
+from turnrow.ops.delta import BeforeBackward, unviewed
 from turnrow.ops.tokens import token_product
 
 __all__ = ["attach_gradient", "keep", "lora_factors", "others", "overlay", "put_", "shape", "spread"]
@@ -65,7 +65,9 @@ def overlay(y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tensor:
     return y + change.to(y.dtype)
 
 
-def attach_gradient(y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tensor:
+def attach_gradient(
+    y: Tensor, x: Tensor, delta: Tensor, index: Tensor, before_backward: BeforeBackward = None
+) -> Tensor:
     """Give `delta` its gradient, d delta = dy^T x[..., S], where y was computed with W that already holds delta.
 
     The value of y does not change, and no gradient of the whole W is ever formed. Of x only the r chosen features are
@@ -76,12 +78,13 @@ def attach_gradient(y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tenso
         x: (..., in), input of the layer.
         delta: (out, r), the parameter.
         index: (r,) int64.
+        before_backward: called in the backward pass before W is read, which must then be what it was in the forward pass.
 
     Returns:
         y, now a function of delta for autograd.
     """
     whole = unviewed(y)
-    attached = _ColumnGradient.apply(whole, x.detach().index_select(-1, index), delta)
+    attached = _ColumnGradient.apply(whole, x.detach().index_select(-1, index), delta, before_backward)
     return attached if whole is y else attached.view(y.shape)
 
 
@@ -94,20 +97,23 @@ def lora_factors(delta: Tensor, index: Tensor, in_features: int) -> tuple[Tensor
 
 class _ColumnGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x_s: Tensor, delta: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x_s: Tensor, delta: Tensor, before_backward: BeforeBackward) -> Tensor:
         # delta is saved for the same reason as in rows: autograd's check that nothing changed it before the backward.
         ctx.save_for_backward(x_s, delta)
         ctx.mark_dirty(y)
+        ctx.before_backward = before_backward
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x_s, delta = ctx.saved_tensors
+        if ctx.before_backward is not None:
+            ctx.before_backward()
         d_delta = None
         if ctx.needs_input_grad[2]:
             with torch.autocast(dy.device.type, enabled=False):
                 x_s = x_s.reshape(-1, x_s.shape[-1]).to(dy.dtype)
                 # (x_s^T dy)^T: with r rows of output this order is several times faster than dy^T x_s, with r columns.
                 d_delta = token_product(x_s, dy.reshape(-1, dy.shape[-1])).t().to(delta.dtype)
-        return dy, None, d_delta
+        return dy, None, d_delta, None

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 from torch import Tensor
 
-__all__ = ["adapted", "unviewed"]
+__all__ = ["BeforeBackward", "adapted", "unviewed"]
+
+BeforeBackward: TypeAlias = Callable[[], None] | None
+"""Puts back what a weight held in the forward pass, before the backward pass reads it."""
 
 
 def adapted(kept: Tensor, delta: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from turnrow.ops.delta import unviewed
+from turnrow.ops.delta import BeforeBackward, unviewed
 
 __all__ = ["attach_gradient", "count", "dense", "keep", "overlay", "put_", "shape"]
 
@@ -66,7 +66,9 @@ def overlay(y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tensor:
     return _EntryOverlay.apply(y, x, delta, index)
 
 
-def attach_gradient(y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tensor:
+def attach_gradient(
+    y: Tensor, x: Tensor, delta: Tensor, index: Tensor, before_backward: BeforeBackward = None
+) -> Tensor:
     """Give `delta` its gradient where y was computed with W that already holds delta. Keeps x for the backward pass.
 
     Args:
@@ -74,29 +76,35 @@ def attach_gradient(y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tenso
         x: (..., in), input of the layer.
         delta: (n,), the parameter.
         index: (n,) int64, ascending.
+        before_backward: called in the backward pass before W is read, which must then be what it was in the forward pass.
 
     Returns:
         y, now a function of delta for autograd.
     """
     whole = unviewed(y)
-    attached = _EntryGradient.apply(whole, x, delta, index)
+    attached = _EntryGradient.apply(whole, x, delta, index, before_backward)
     return attached if whole is y else attached.view(y.shape)
 
 
 class _EntryGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, delta: Tensor, index: Tensor, before_backward: BeforeBackward
+    ) -> Tensor:
         # delta is saved for the same reason as in rows: autograd's check that nothing changed it before the backward.
         ctx.save_for_backward(x, index, delta)
         ctx.mark_dirty(y)
+        ctx.before_backward = before_backward
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, index, delta = ctx.saved_tensors
+        if ctx.before_backward is not None:
+            ctx.before_backward()
         d_delta = _sampled_gradient(dy, x, index).to(delta.dtype) if ctx.needs_input_grad[2] else None
-        return dy, None, d_delta, None
+        return dy, None, d_delta, None, None
 
 
 class _EntryOverlay(torch.autograd.Function):

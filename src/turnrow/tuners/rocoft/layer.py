@@ -197,6 +197,35 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
             else:
                 PARTS[kept.part].put_(self._values(), kept.index, values)
 
+    def _held(self) -> Active | None:
+        """The adapters whose sum with W0 the weight holds now, or None for W0."""
+        return None if self._live is None else self._live.active
+
+    def _hold(self, held: Active | None) -> None:
+        """Make the weight hold what it held in a forward pass, just before the base layer computes dx = dy W with it.
+
+        Autograd cannot tell that it does not: the reference pass of a preference loss, for one, takes the adapter off between
+        forward and backward. When the backward pass is through, the adapter is off again.
+        """
+        if self._held() is held or self.merged_adapters:
+            return
+        self.restore_base()
+        if held is not None:
+            self._go_live(held)
+            torch.autograd.Variable._execution_engine.queue_callback(self.restore_base)
+
+    def _held_for_backward(self, y: Tensor, x: Tensor) -> Tensor:
+        """The base layer's output y, whose backward pass will find the weight as it is now."""
+        if (
+            y.requires_grad
+            and x.requires_grad
+            and not torch.compiler.is_compiling()
+            and torch._C._functorch.peek_interpreter_stack() is None
+        ):
+            held = self._held()
+            y.register_hook(lambda dy: self._hold(held))
+        return y
+
     # --- whatever needs W0 restores it first -----------------------------------------------------------------------
 
     def _adapters_change(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,14 +94,14 @@ class RocoftLinear(RocoftLayer):
         if self._disable_adapters or self.merged_adapters:
             if self._disable_adapters and self.merged_adapters:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return self._held_for_backward(self.base_layer(x, *args, **kwargs), x)
         active = self.active
         if self._unselected:
             self._refuse_unselected(active)
         if active.adapters == 1 and self._may_go_live():
             return self._live_forward(active, x, args, kwargs)
         self.restore_base()
-        y = self._call_base(active.biases, (x, *args), kwargs)
+        y = self._held_for_backward(self._call_base(active.biases, (x, *args), kwargs), x)
         for part in active.parts:
             y = part.ops.overlay(y, x, part.delta(), part.index)
         return y
@@ -116,15 +117,17 @@ class RocoftLinear(RocoftLayer):
     def _live_forward(self, active: Active, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         self._go_live(active)
         y = self._call_base(active.biases, (x, *args), kwargs)
-        if torch.is_grad_enabled():
-            for part in active.parts:
-                if part.parameter.requires_grad:
-                    y = part.ops.attach_gradient(y, x, part.delta(), part.index)
+        trained = [part for part in active.parts if part.parameter.requires_grad] if torch.is_grad_enabled() else []
+        if not trained:
+            return self._held_for_backward(y, x)
+        before_backward = partial(self._hold, active)
+        for part in trained:
+            y = part.ops.attach_gradient(y, x, part.delta(), part.index, before_backward)
         return y
 
     def _mixed_forward(self, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         self.restore_base()
-        y = self.base_layer(x, *args, **kwargs)
+        y = self._held_for_backward(self.base_layer(x, *args, **kwargs), x)
         stacked = batch.stacked(self, y.dtype)
         return y if stacked is None else stacked.add(batch.by_sample(y), batch.by_sample(x)).view(y.shape)
 
