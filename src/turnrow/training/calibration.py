@@ -27,7 +27,7 @@ from turnrow.training.recipe import Recipe
 from turnrow.training.seeding import deterministic
 from turnrow.training.trainer import training_arguments
 
-__all__ = ["calibrate", "select_indices", "write_indices"]
+__all__ = ["calibrate", "model_columns", "select_indices", "write_indices"]
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +57,19 @@ def calibrate(
         return None
     base: Any = model.get_base_model()
     base.to(args.device)
-    columns = inspect.signature(base.forward).parameters
-    kept = [name for name in encoded.column_names if name in columns or name in task.label_names]
-    rows = encoded.select_columns(kept).select(_training_order(encoded, args)[:samples])
+    rows = model_columns(encoded, model, task).select(_training_order(encoded, args)[:samples])
     batches = _batches(rows, task.collator(tokenizer), args.per_device_train_batch_size)
     selection = select(model, batches, _ADAPTER)
     log.info("selected by %s on %s of %s training rows", config.selection, f"{len(rows):,}", f"{len(encoded):,}")
     return selection
+
+
+def model_columns(encoded: Dataset, model: PeftModel, task: Task) -> Dataset:
+    """The columns of `encoded` that the base model takes, as Trainer would leave them."""
+    columns = inspect.signature(model.get_base_model().forward).parameters
+    return encoded.select_columns(
+        [name for name in encoded.column_names if name in columns or name in task.label_names]
+    )
 
 
 def select_indices(recipe: Recipe, samples: int | None = None) -> Selection:

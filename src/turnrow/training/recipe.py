@@ -78,6 +78,8 @@ class Recipe:
     """Arguments of ``transformers.TrainingArguments``, by their own names."""
     calibration_samples: int = 256
     """How many training rows a selection by data (``method.selection``) looks at: the first in the order of training."""
+    reselection: Section | None = None
+    """Train other rows or columns every so many steps: ``every``, ``strategy``, ``budget``, ``samples``; method rocoft."""
     max_length: int | None = None
     """Longest input in tokens, longer ones are cut; by default what the tokenizer and the model allow."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -104,6 +106,11 @@ class Recipe:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        if self.reselection is not None:
+            from turnrow.training.reselection import Reselection
+
+            checked_section = Reselection.from_dict(self.reselection, self.method)
+            object.__setattr__(self, "reselection", asdict(checked_section))
         _check_scalars(self)
 
     @classmethod

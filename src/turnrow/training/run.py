@@ -20,7 +20,7 @@ from turnrow.adapters import whole_state_dict
 from turnrow.selection import Selection
 from turnrow.tasks import Task, make_task, read_table
 from turnrow.training.base import input_limit, load_base
-from turnrow.training.calibration import calibrate
+from turnrow.training.calibration import calibrate, model_columns
 from turnrow.training.checkpoints import SealAndRotate, check_processes, discard_incomplete, last_complete
 from turnrow.training.folder import RunFolder, write_json, write_lines
 from turnrow.training.interrupt import Interrupted, StopOnInterrupt
@@ -30,9 +30,11 @@ from turnrow.training.processes import from_first, is_first
 from turnrow.training.progress import ProgressBars
 from turnrow.training.quiet import without_dataset_bars, without_weight_bars
 from turnrow.training.recipe import Recipe
+from turnrow.training.reselection import Reselect, Reselection
 from turnrow.training.saved import SavedModel, prediction_rows, save_run, write_predictions
 from turnrow.training.seeding import deterministic
 from turnrow.training.trainer import evaluation_arguments, kept_checkpoints, make_trainer, training_arguments
+from turnrow.tuners import unite
 
 __all__ = ["RunResult", "train"]
 
@@ -122,7 +124,12 @@ def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder,
         args,
         train=splits["train"].encoded,
         validation=splits["validation"].encoded if "validation" in splits else None,
-        callbacks=[SealAndRotate(kept_checkpoints(recipe)), interrupt, *([bars] if shows else [])],
+        callbacks=[
+            *_reselection(recipe, task, base.tokenizer, splits["train"].encoded, model, args),
+            SealAndRotate(kept_checkpoints(recipe)),
+            interrupt,
+            *([bars] if shows else []),
+        ],
     )
     reset_peak_memory(args.device)
     try:
@@ -133,6 +140,9 @@ def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder,
     finally:
         bars.close()
     memory, memory_kind = peak_memory(args.device)
+    trained = count_parameters(model).trainable
+    if recipe.reselection is not None:
+        unite(model)  # type: ignore[arg-type]
     after, rows = _evaluate(current, splits["test"], "test, after" if shows else None)
 
     counts = count_parameters(model)
@@ -145,7 +155,7 @@ def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder,
         "greater_is_better": task.greater_is_better,
         "before": before,
         "after": after,
-        "trainable_parameters": counts.trainable,
+        "trainable_parameters": trained,
         "total_parameters": counts.total,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
@@ -175,6 +185,17 @@ def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder,
 
 def _read_metrics(folder: RunFolder) -> dict[str, Any] | None:
     return json.loads(folder.metrics.read_text(encoding="utf-8")) if folder.metrics.exists() else None
+
+
+def _reselection(
+    recipe: Recipe, task: Task, tokenizer: Any, encoded: Dataset, model: Any, args: TrainingArguments
+) -> list[Reselect]:
+    """The callback that the recipe's section ``reselection`` asks for, if there is one."""
+    if recipe.reselection is None:
+        return []
+    settings = Reselection.from_dict(recipe.reselection, recipe.method)
+    rows = model_columns(encoded, model, task)
+    return [Reselect(settings, rows, task.collator(tokenizer), args.per_device_train_batch_size, recipe.seed)]
 
 
 def _read(recipe: Recipe, task: Task) -> dict[str, Dataset]:

@@ -6,6 +6,7 @@ from turnrow.tuners.counting import ParameterCount, count_parameters
 from turnrow.tuners.registration import register
 from turnrow.tuners.road import RoadConfig, RoadModel
 from turnrow.tuners.rocoft import RocoftConfig, RocoftModel, select
+from turnrow.tuners.rocoft.reselection import check_reselection, move_optimizer_state, reselect, unite
 
 __all__ = [
     "ParameterCount",
@@ -13,7 +14,11 @@ __all__ = [
     "RoadModel",
     "RocoftConfig",
     "RocoftModel",
+    "check_reselection",
     "count_parameters",
+    "move_optimizer_state",
     "register",
+    "reselect",
     "select",
+    "unite",
 ]

@@ -77,7 +77,15 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
     """An adapter layer of RoCoFT around a base layer with a weight, a bias, or both."""
 
     adapter_layer_names: tuple[str, ...] = ("rocoft_row", "rocoft_column", "rocoft_entry", "rocoft_bias")
-    other_param_names: tuple[str, ...] = ("rocoft_row_index", "rocoft_column_index", "rocoft_entry_index")
+    other_param_names: tuple[str, ...] = (
+        "rocoft_row_index",
+        "rocoft_column_index",
+        "rocoft_entry_index",
+        "rocoft_row_settled",
+        "rocoft_row_settled_index",
+        "rocoft_column_settled",
+        "rocoft_column_settled_index",
+    )
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         nn.Module.__init__(self)
@@ -89,6 +97,11 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
         self.rocoft_row_index = BufferDict(persistent=True)
         self.rocoft_column_index = BufferDict(persistent=True)
         self.rocoft_entry_index = BufferDict(persistent=True)
+        # what re-selection took out of training, see `reselection`
+        self.rocoft_row_settled = BufferDict(persistent=True)
+        self.rocoft_row_settled_index = BufferDict(persistent=True)
+        self.rocoft_column_settled = BufferDict(persistent=True)
+        self.rocoft_column_settled_index = BufferDict(persistent=True)
         self.out_features = self.in_features = 0
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -125,6 +138,10 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
                     rest = columns.others(self.rocoft_row_index[adapter_name], self.out_features)
             holder = getattr(self, f"rocoft_{name}")
             found.append(Part(name, parameter, index, rest, self.out_features, holder, adapter_name))
+            settled: Any = getattr(self, f"rocoft_{name}_settled", {})
+            if adapter_name in settled:
+                index = getattr(self, f"rocoft_{name}_settled_index")[adapter_name]
+                found.append(Part(name, settled[adapter_name], index, holder=settled, adapter=adapter_name))
         # The crossing of rows and columns belongs to the rows, so they are written last.
         return sorted(found, key=lambda part: part.name == "row")
 

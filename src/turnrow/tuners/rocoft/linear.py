@@ -65,6 +65,38 @@ class RocoftLinear(RocoftLayer):
         getattr(self, f"rocoft_{part}_index")[adapter_name].copy_(index)
         self._unselected.discard(adapter_name)
 
+    def set_settled(self, adapter_name: str, part: str, index: Tensor, delta: Tensor) -> None:
+        """Hold a difference without training it, in the place of what was settled before.
+
+        Args:
+            adapter_name: of an adapter that this layer has.
+            part: "row" or "column".
+            index: (m,) int64, none of them trained; m = 0 settles nothing.
+            delta: (m, in) for rows, (out, m) for columns.
+        """
+        self._adapters_change()
+        for name, value in ((f"rocoft_{part}_settled", delta), (f"rocoft_{part}_settled_index", index)):
+            buffers = getattr(self, name)
+            if len(index):
+                buffers[adapter_name] = value
+            elif adapter_name in buffers:
+                del buffers[adapter_name]
+        _ = self.active
+
+    def unite_settled(self, adapter_name: str, part: str) -> list[int]:
+        """Make one parameter of what is trained and what is settled, in ascending order; return its rows or columns."""
+        axis = 0 if part == "row" else 1
+        pieces = self.parts(adapter_name)
+        index, order = torch.cat([piece.index for piece in pieces]).sort()
+        delta = torch.cat([piece.parameter.detach() for piece in pieces], dim=axis).index_select(axis, order)
+        trained = pieces[0].parameter.requires_grad
+        self.set_settled(adapter_name, part, index[:0], delta.narrow(axis, 0, 0))
+        self._adapters_change()
+        getattr(self, f"rocoft_{part}")[adapter_name] = nn.Parameter(delta, requires_grad=trained)
+        getattr(self, f"rocoft_{part}_index")[adapter_name] = index
+        _ = self.active
+        return index.tolist()
+
     def dense_values(self) -> Tensor:
         """The base weight as (out, in), without any adapter that is not merged."""
         self.restore_base()
@@ -76,6 +108,8 @@ class RocoftLinear(RocoftLayer):
         self._unselected.discard(adapter_name)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for adapter_name in self._available_adapters:
+            self.make_room_for_settled(adapter_name, state_dict, prefix, f".{adapter_name}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # A saved adapter brings its indices along.
         self._unselected = {
@@ -83,6 +117,26 @@ class RocoftLinear(RocoftLayer):
             for name in self._unselected
             if not any(f"{prefix}rocoft_{part}_index.{name}" in state_dict for part in PARTS)
         }
+
+    def make_room_for_settled(
+        self, adapter_name: str, state_dict: Mapping[str, Any], prefix: str, suffix: str = ""
+    ) -> None:
+        """Settle as much as an adapter that is about to be loaded has settled, so that its tensors find their place.
+
+        Args:
+            adapter_name: which adapter will be loaded.
+            state_dict: what will be loaded; says nothing of other adapters.
+            prefix: of this layer's keys.
+            suffix: of the adapter's keys: none in a file, its name in the state dict of a model.
+        """
+        for part in ("row", "column"):
+            if f"{prefix}rocoft_{part}_index{suffix}" not in state_dict:
+                continue
+            parameter = getattr(self, f"rocoft_{part}")[adapter_name]
+            count = len(state_dict.get(f"{prefix}rocoft_{part}_settled_index{suffix}", ()))
+            delta = parameter.new_zeros(PARTS[part].shape(self.out_features, self.in_features, count))
+            index = torch.zeros(count, dtype=torch.int64, device=parameter.device)
+            self.set_settled(adapter_name, part, index, delta)
 
     # --- forward ---------------------------------------------------------------------------------------------------
 

@@ -52,6 +52,10 @@ def stack_parts(
     by_name: dict[str, list[batched.Chosen | None]] = {name: [] for name in ("row", "column", "entry")}
     for of_sample in parts:
         chosen = {part.name: (part.delta(), part.index) for part in of_sample}
+        if len(chosen) < len(of_sample):
+            raise UserError(
+                "adapter_names cannot be used in the middle of re-selection: turnrow.tuners.unite(model) first"
+            )
         for name, column in by_name.items():
             column.append(chosen.get(name))
     stacked = StackedParts(

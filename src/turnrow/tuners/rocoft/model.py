@@ -130,6 +130,16 @@ class RocoftModel(MixedBatchModel):
         """Trained biases are adapter tensors of their own (`rocoft_bias`); the base's are not saved."""
         return {}
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """peft 0.21 leaves out what the model has no place for yet: make it (`reselection`)."""
+        for name, layer in model.named_modules():
+            if isinstance(layer, RocoftLinear):
+                layer.make_room_for_settled(adapter_name, state_dict, f"{name}." if name else "")
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
 
 def _wrap_other_biases(tuner: BaseTuner, model: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
     """Train the biases of the modules that are no targets."""

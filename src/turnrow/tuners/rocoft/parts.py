@@ -32,8 +32,8 @@ class Part:
     name: str
     """``"row"``, ``"column"``, ``"entry"`` or ``"bias"``."""
 
-    parameter: nn.Parameter
-    """The trained difference."""
+    parameter: Any
+    """The trained difference, a parameter; or one that is settled, a buffer."""
 
     index: Any
     """What of the weight it belongs to, (r,) int64; None for a bias."""
@@ -49,7 +49,10 @@ class Part:
 
     def is_current(self) -> bool:
         """Whether the layer still holds this very parameter; sharding, for example, puts another in its place."""
-        return self.holder is None or self.holder._parameters.get(self.adapter) is self.parameter
+        if self.holder is None:
+            return True
+        held = self.holder._parameters.get(self.adapter)
+        return (self.holder._buffers.get(self.adapter) if held is None else held) is self.parameter
 
     @property
     def ops(self) -> ModuleType:
