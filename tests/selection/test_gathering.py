@@ -125,20 +125,56 @@ def test_every_architecture_reaches_every_layer(architecture, strategy):
             assert gathered[name].scores("row", weight(layer)).all()
 
 
-def test_a_model_that_adds_in_place_to_the_view_of_a_biased_layer_is_followed():
-    from transformers import FalconConfig, FalconForCausalLM
+class AddsInPlace(nn.Module):
+    """Overwrites what a biased layer returns: to autograd a view of its two-dimensional product."""
 
-    config = FalconConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, parallel_attn=True, bias=True,
-        new_decoder_architecture=False, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    model = FalconForCausalLM(config).double().eval()
-    batches = padded("falcon")
-    expected = autograd_sums(model, batches, 1)
-    model.requires_grad_(False)
-    gathered = gather(model, linears(model), batches, "gradient")
-    for name in linears(model):
-        torch.testing.assert_close(gathered[name].scores("row"), expected[name].sum(1))
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        y = self.second(self.first(x))
+        y += x
+        return SimpleNamespace(loss=y.square().sum())
+
+
+def test_a_model_that_adds_in_place_to_the_output_of_a_biased_layer_is_followed():
+    model = AddsInPlace()
+    batch = {"x": torch.randn(2, 3, 4)}
+    layers = {"first": model.first, "second": model.second}
+    expected = torch.autograd.grad(model(**batch).loss, [layer.weight for layer in layers.values()])
+    gathered = gather(model, layers, [batch], "gradient")
+    for name, gradient in zip(layers, expected, strict=True):
+        torch.testing.assert_close(gathered[name].scores("row"), gradient.abs().sum(1).double())
+
+
+class Int8Linear(nn.Module):
+    """Holds no floating-point weight, as quantized layers do."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(weight.abs().amax(1, keepdim=True) / 127, requires_grad=False)
+        self.weight = nn.Parameter((weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def dense(self) -> torch.Tensor:
+        return self.weight.to(self.scale.dtype) * self.scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.dense().t()
+
+
+@pytest.mark.parametrize("strategy", ["wanda_max", "fisher"])
+def test_quantized_layers_count_as_their_dense_weights(strategy):
+    dense, quantized = build("llama", dtype=torch.float64)[0], build("llama", dtype=torch.float64)[0]
+    for name, layer in linears(quantized).items():
+        low = Int8Linear(layer.weight.detach())
+        quantized.set_submodule(name, low)
+        dense.get_submodule(name).weight.data = low.dense()
+    replaced = {name: quantized.get_submodule(name) for name in linears(dense)}
+    expected = gather(dense, linears(dense), padded("llama"), strategy)
+    gathered = gather(quantized, replaced, padded("llama"), strategy)
+    for name, layer in linears(dense).items():
+        torch.testing.assert_close(row_scores(gathered[name], layer), row_scores(expected[name], layer))
 
 
 class Twice(nn.Module):

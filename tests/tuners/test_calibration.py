@@ -158,12 +158,28 @@ def test_another_adapter_is_off_meanwhile_and_as_it_was_afterwards():
     expected = turnrow.select(adapt(selection="gradient"), padded("llama"))
     model = adapt()
     _, inputs = build("llama", dtype=torch.float64)
-    perturb(model)
-    adapted = output(model, inputs)  # goes live: the weights hold the first adapter
     model.add_adapter("second", config(selection="gradient", target_modules=linear_names(build("llama")[0])))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("rocoft_row.default"):
+                parameter.normal_(std=0.05)
+    adapted = output(model, inputs)  # goes live: the weights hold the first adapter
     assert turnrow.select(model, padded("llama"), "second").indices() == expected.indices()
     assert model.active_adapters == ["default"]
     assert torch.equal(output(model, inputs), adapted)
+
+
+def test_training_is_refused_until_the_choice_is_made():
+    model = adapt(selection="gradient")
+    _, inputs = build("llama", dtype=torch.float64)
+    output(model, inputs)  # evaluating is not: the difference is zero whatever it belongs to
+    with pytest.raises(
+        UserError, match="adapter 'default' selects what it trains by data, and has seen none: call turnrow"
+    ):
+        model(**inputs)
+    turnrow.select(model, padded("llama"))
+    model(**inputs).loss.backward()
+    assert all(layer.rocoft_row["default"].grad.any() for layer in layers(model).values())
 
 
 def test_indices_that_are_given_stay_and_the_rest_is_chosen():
