@@ -137,6 +137,8 @@ def training_arguments(recipe: Recipe, task: Task, folder: str) -> TrainingArgum
         defaults["save_steps"] = given["eval_steps"]
     # Checkpoints are deleted by our own callback, only after the newest is sealed.
     arguments = {**defaults, **given, "save_total_limit": None}
+    if given.get("fsdp") == "true":
+        arguments["fsdp"] = True
     args = _build(arguments, output_dir=folder, seed=recipe.seed, data_seed=recipe.seed)
     if (visible := torch.cuda.device_count()) > 1 and args.world_size == 1 and args.n_gpu == 1:
         log.info("one of %d GPUs is used; for all: torchrun --standalone --nproc_per_node %d ...", visible, visible)

@@ -26,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from turnrow.errors import UserError
 from turnrow.ops import columns
 from turnrow.ops.delta import adapted
 from turnrow.tuners._dense import dense_weight, refuse_sharded
@@ -273,6 +274,10 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
             return self.base_layer(*args, **kwargs)
         base = self._base
         bias = base.bias
+        if hasattr(bias, "ds_id"):
+            raise UserError(
+                "DeepSpeed's ZeRO-3 does not let biases be trained beside frozen ones; use bias='none', or FSDP"
+            )
         for name in with_bias:
             bias = bias + self.rocoft_bias[name]
         return functional_call(self.base_layer, {"bias": bias.to(base.bias.dtype)}, args, kwargs)
