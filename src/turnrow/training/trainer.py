@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -111,7 +112,8 @@ def training_arguments(recipe: Recipe, task: Task, folder: str) -> TrainingArgum
     of every epoch; about fifty log entries; nothing reported to outside services; the task's main metric chooses the best
     checkpoint when ``load_best_model_at_end`` is set.
     """
-    given = dict(recipe.training)
+    # transformers fills in what is missing in the dictionaries that it is given.
+    given = deepcopy(recipe.training)
     evaluates = recipe.data.validation is not None
     if not evaluates and (
         given.get("load_best_model_at_end") or given.get("eval_strategy", "no") != "no" or given.get("eval_on_start")
