@@ -152,6 +152,24 @@ def test_other_runs_equal_one_process(calm_recipe: MakeRecipe, tmp_path: Path, c
     check_equal(one, tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_a_sharded_run_equals_one_process_and_goes_on_after_ctrl_c(calm_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """FSDP2 through Trainer and accelerate, which has it for GPUs only: the worker lifts that."""
+    # torch cannot load the state of a sharded optimizer that has none, as SGD; with so large an epsilon Adam is tame.
+    adam = {"optim": "adamw_torch", "adam_epsilon": 1.0}
+    recipe, one = one_process(calm_recipe, tmp_path, method={"name": "rocoft", "r": 3}, training=adam)
+    config = '{"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}'
+    fsdp = ("--training.fsdp=true", f"--training.fsdp_config={config}")
+    code, _, err = on_two(recipe, tmp_path, *fsdp, worker=("fsdp", "SIGINT", "0", "5"))
+    assert code != 0
+    assert err.count("interrupted after step") == 1, err
+    code, _, err = on_two(recipe, tmp_path, *fsdp, "--resume", worker=("fsdp", "nothing", "0", "99"))
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["resumed_from_step"] >= 5
+    check_equal(one, tmp_path / "run")
+    assert evaluate_adapter(tmp_path / "run" / "adapter", recipe.data.test, quiet=True) == one.metrics["after"]
+
+
 def test_another_number_of_processes_does_not_go_on(tmp_path: Path) -> None:
     for rank in range(2):
         (tmp_path / f"rng_state_{rank}.pth").touch()

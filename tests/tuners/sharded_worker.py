@@ -1,4 +1,4 @@
-"""One of two processes that train sharded models beside whole ones. Run by torchrun; writes what it found to a file."""
+"""One of two processes that train models sharded by FSDP2 or ZeRO-3 beside whole ones. Run by torchrun; writes what it found to a file."""
 
 from __future__ import annotations
 
@@ -36,9 +36,13 @@ def of_this_process(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.chunk(distributed.get_world_size())[distributed.get_rank()] for name, value in inputs.items()}
 
 
-def train(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[float]:
-    # SGD, because Adam would hide gradients that are a multiple of the right ones.
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0, momentum=0.9)
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    # Adam would hide gradients that are a multiple of the right ones.
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0, momentum=0.9)
+
+
+def train(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    optimizer = make_optimizer(model)
     losses = []
     for _ in range(STEPS):
         loss = model(**inputs).loss
@@ -49,13 +53,35 @@ def train(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[float]:
     return losses
 
 
+def train_by_zero3(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The same training by DeepSpeed, every parameter in pieces."""
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    config = {
+        "train_micro_batch_size_per_gpu": len(inputs["input_ids"]),
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
+    losses = []
+    for _ in range(STEPS):
+        loss = engine(**inputs).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.detach())
+    assert all(not parameter.numel() for parameter in model.parameters())
+    return losses
+
+
 def mean(losses: list[torch.Tensor]) -> list[float]:
     together = torch.stack(losses)
     distributed.all_reduce(together)
     return (together / distributed.get_world_size()).tolist()
 
 
-def compare(method: str, architecture: str, mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
+def compare(method: str, architecture: str, mesh: DeviceMesh, folder: Path, engine: str = "fsdp2") -> dict[str, Any]:
     """Train one model whole and one sharded, on the same batch, and measure how far they come apart."""
     base, inputs = build(architecture)
     whole = get_peft_model(base, configure(method, base))
@@ -65,9 +91,12 @@ def compare(method: str, architecture: str, mesh: DeviceMesh, folder: Path) -> d
     base, _ = build(architecture)
     sharded = get_peft_model(base, configure(method, base))
     perturb(sharded)
-    shard(sharded, mesh)
-    losses = mean(train(sharded, of_this_process(inputs)))
-    out = folder / f"{method}-{architecture}"
+    if engine == "zero3":
+        losses = mean(train_by_zero3(sharded, of_this_process(inputs)))
+    else:
+        shard(sharded, mesh)
+        losses = mean(train(sharded, of_this_process(inputs)))
+    out = folder / "-".join([method, architecture])
     save_adapter(sharded, out)
     if distributed.get_rank() == 0:
         whole.save_pretrained(out / "expected")
@@ -112,14 +141,15 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
     }
 
 
-def main(folder: Path, cases: list[str]) -> None:
+def main(folder: Path, engine: str, cases: list[str]) -> None:
     distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-    found: dict[str, Any] = {case: compare(*case.split(":"), mesh, folder) for case in cases}
-    found["refusals"] = refusals(mesh)
+    found: dict[str, Any] = {case: compare(*case.split(":"), mesh, folder, engine) for case in cases}
+    if engine == "fsdp2":
+        found["refusals"] = refusals(mesh)
     (folder / f"found-{distributed.get_rank()}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -1,4 +1,4 @@
-"""Models that FSDP2 shards over two processes train as whole ones do."""
+"""Models that FSDP2 (or DeepSpeed's ZeRO-3) shards over two processes train as whole ones do."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SLOW = ["row:gpt2", "column-all-biases:gpt2", "row-indices:llama", "road_1:gpt2"
 Found = list[dict[str, Any]]
 
 
-def run(folder: Path, cases: list[str]) -> Found:
-    code, out, err = torchrun(str(Path(__file__).with_name("sharded_worker.py")), str(folder), *cases)
+def run(folder: Path, cases: list[str], engine: str = "fsdp2") -> Found:
+    code, out, err = torchrun(str(Path(__file__).with_name("sharded_worker.py")), str(folder), engine, *cases)
     assert code == 0, f"{out}\n{err}"
     return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -66,6 +66,15 @@ def test_further_methods_equal_one_process(tmp_path: Path) -> None:
         check(case, found, tmp_path)
 
 
+@pytest.mark.slow
+def test_zero3_equals_one_process(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    cases = ["row:llama", "row+column:llama", "entry:gpt2", "column:gpt2", "road_1:llama", "road_2:gpt2"]
+    found = run(tmp_path, cases, "zero3")
+    for case in cases:
+        check(case, found, tmp_path)
+
+
 @pytest.mark.parametrize("action", ["merge", "merge road", "live"])
 def test_sharded_weights_are_not_touched_in_place(found: Found, action: str) -> None:
     for process in found:
@@ -92,3 +101,11 @@ def test_a_gathered_weight_is_not_written_to(mark: str, method: str) -> None:
     assert all(torch.equal(layer.get_base_layer().weight, w) for layer, w in zip(layers, weights, strict=True))
     with pytest.raises(UserError, match="the base weights are sharded over several processes"):
         model.merge_adapter()
+
+
+def test_biases_do_not_train_under_zero3() -> None:
+    base, inputs = build("gpt2")
+    model = get_peft_model(base, configure("row-bias", base))
+    next(module for module in model.modules() if isinstance(module, RocoftLayer)).get_base_layer().bias.ds_id = 0
+    with pytest.raises(UserError, match="ZeRO-3 does not let biases be trained"):
+        model(**inputs)

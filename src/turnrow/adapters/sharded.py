@@ -89,8 +89,8 @@ def _whole(value: Any, parameter: nn.Parameter | None) -> torch.Tensor:
         # With CPU offload the pieces lie on the CPU, but are exchanged on the devices.
         return value.to(value.device_mesh.device_type).full_tensor().cpu()
     if parameter is not None and hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().cpu().clone()
     return value

@@ -16,7 +16,7 @@ __all__ = ["any_process", "are_several", "from_first", "is_first", "let_others_s
 
 T = TypeVar("T")
 
-GRACE = 5.0
+GRACE = 15.0
 """Seconds that a process holds back an error which another one probably reports."""
 
 

@@ -40,6 +40,7 @@ _TOP_LEVEL = {
     "data_seed": "the recipe's seed orders the data too",
     "full_determinism": "every run is seeded and deterministic already",
     "resume_from_checkpoint": "resume with the flag --resume",
+    "deepspeed": "a run is sharded by training.fsdp; docs/distributed.md shows DeepSpeed in a program of your own",
     "do_train": "a run always trains",
     "do_eval": "set eval_strategy instead",
     "do_predict": "a run always predicts the test split",
@@ -248,7 +249,11 @@ def _method_options(method: Any) -> dict[str, Any]:
 def _training_options(training: Any) -> dict[str, Any]:
     from transformers import TrainingArguments
 
-    return check_options(_section(training, "training"), TrainingArguments, "training", reserved=_TOP_LEVEL)
+    options = _section(training, "training")
+    if options.get("fsdp") is True:
+        # What transformers wants is not what it declares; its own command line has the same trouble.
+        options["fsdp"] = "true"
+    return check_options(options, TrainingArguments, "training", reserved=_TOP_LEVEL)
 
 
 def _check_scalars(recipe: Recipe) -> None:

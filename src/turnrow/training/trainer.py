@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -111,7 +112,8 @@ def training_arguments(recipe: Recipe, task: Task, folder: str) -> TrainingArgum
     of every epoch; about fifty log entries; nothing reported to outside services; the task's main metric chooses the best
     checkpoint when ``load_best_model_at_end`` is set.
     """
-    given = dict(recipe.training)
+    # transformers fills in what is missing in the dictionaries that it is given.
+    given = deepcopy(recipe.training)
     evaluates = recipe.data.validation is not None
     if not evaluates and (
         given.get("load_best_model_at_end") or given.get("eval_strategy", "no") != "no" or given.get("eval_on_start")
@@ -137,6 +139,8 @@ def training_arguments(recipe: Recipe, task: Task, folder: str) -> TrainingArgum
         defaults["save_steps"] = given["eval_steps"]
     # Checkpoints are deleted by our own callback, only after the newest is sealed.
     arguments = {**defaults, **given, "save_total_limit": None}
+    if given.get("fsdp") == "true":
+        arguments["fsdp"] = True
     args = _build(arguments, output_dir=folder, seed=recipe.seed, data_seed=recipe.seed)
     if (visible := torch.cuda.device_count()) > 1 and args.world_size == 1 and args.n_gpu == 1:
         log.info("one of %d GPUs is used; for all: torchrun --standalone --nproc_per_node %d ...", visible, visible)

@@ -26,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from turnrow.errors import UserError
 from turnrow.ops import columns
 from turnrow.ops.delta import adapted
 from turnrow.tuners._dense import dense_weight, refuse_sharded
@@ -336,6 +337,10 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
             return self.base_layer(*args, **kwargs)
         base = self._base
         bias = base.bias
+        if hasattr(bias, "ds_id"):
+            raise UserError(
+                "DeepSpeed's ZeRO-3 does not let biases be trained beside frozen ones; use bias='none', or FSDP"
+            )
         for part in biases:
             bias = bias + part.parameter
         # under the layers of other adapters, where there are any
