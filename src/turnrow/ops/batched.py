@@ -266,11 +266,11 @@ def rotate(h: Tensor, rotations: Rotations) -> Tensor:
     z = h * rotations.diagonal
     in_place = not _asks_for_gradient(z)
     for kind in rotations.kinds:
-        pairs = kind.s2.shape[2], 2, kind.s2.shape[3]  # (groups, 2, half)
         own = h if kind.samples is None else h.index_select(0, kind.samples)
-        h1, h2 = own.unflatten(2, pairs).unbind(3)
+        pairs = (-1, h.shape[1], kind.s2.shape[2], 2, kind.s2.shape[3])
+        h1, h2 = own.view(pairs).unbind(3)  # (b, T, groups, half)
         if kind.samples is None and in_place:
-            z1, z2 = z.unflatten(2, pairs).unbind(3)
+            z1, z2 = z.view(pairs).unbind(3)
             z1.addcmul_(h2, kind.minus_s1)
             z2.addcmul_(h1, kind.s2)
             continue

@@ -50,19 +50,20 @@ class MixedBatch:
         places = [place for layer in self.layers for place in layer.places(set(names))]
         self._holders = [holder for holder, _ in places]
         self._keys = [key for _, key in places]
-        self._tensors = [holder[key] for holder, key in places]
-        self._versions = _versions(self._tensors)
-        self.trained = any(tensor.requires_grad for tensor in self._tensors)
+        self._parameters = [holder[key] for holder, key in places]
+        self._versions = _versions(self._parameters)
+        self._one_of_each = list({key: holder[key] for holder, key in places}.values())
+        self.trained = any(parameter.requires_grad for parameter in self._parameters)
         """Whether a gradient may be asked for, so that nothing can be stacked beforehand."""
 
     def is_current(self) -> bool:
         """Whether the layers hold the same values still. Values in training can change unseen, through `.data`."""
-        now = list(map(dict.get, self._holders, self._keys))
+        # Some thousand parameters are looked at before every forward: no loop in Python over them.
         return (
             not self.trained
-            and all(map(operator.is_, now, self._tensors))
-            and self._versions == _versions(self._tensors)
-            and not any(map(operator.attrgetter("requires_grad"), self._tensors))
+            and not any(parameter.requires_grad for parameter in self._one_of_each)  # peft switches whole adapters
+            and all(map(operator.is_, map(dict.get, self._holders, self._keys), self._parameters))
+            and self._versions == _versions(self._parameters)
         )
 
     def stacked(self, layer: MixedBatchLayer, dtype: torch.dtype) -> Any:
@@ -94,9 +95,11 @@ class MixedBatch:
 
     def by_sample(self, x: Tensor) -> Tensor:
         """x (rows, ..., features) as (samples, tokens, features), a view where x allows it."""
-        if self.copies_in(x) == 1 and x.dim() == 3:
+        shape = x.shape
+        if len(shape) == 3 and shape[0] == len(self.names):
             return x
-        return x.reshape(len(self.names), -1, x.shape[-1])
+        self.copies_in(x)
+        return x.reshape(len(self.names), -1, shape[-1])
 
 
 class Slot:
@@ -115,7 +118,6 @@ class MixedBatchLayer:
 
     _slot = Slot()  # of no model, never filled
     adapter_layer_names: tuple[str, ...]
-    other_param_names: tuple[str, ...]
     merged_adapters: list[str]
 
     def stack_adapters(self, names: Sequence[str], dtype: torch.dtype) -> Any:
@@ -123,15 +125,13 @@ class MixedBatchLayer:
         raise NotImplementedError
 
     def places(self, names: set[str]) -> Iterator[tuple[dict[str, Any], str]]:
-        """Where the tensors of the adapters named are kept: dictionary and key."""
-        for attribute in (*self.adapter_layer_names, *self.other_param_names):
-            holder = getattr(self, attribute)
-            if isinstance(holder, nn.Module):
-                for tensors in (holder._parameters, holder._buffers):
-                    yield from ((tensors, name) for name in names & tensors.keys())
+        """Where the parameters of the adapters named are kept: dictionary and key."""
+        for attribute in self.adapter_layer_names:
+            holder = getattr(self, attribute)._parameters
+            yield from ((holder, name) for name in names & holder.keys())
 
     def forget_batch(self) -> None:
-        """Called when anything about the adapters changes: what was stacked is given up."""
+        """Called when anything about the adapters but the values of their parameters changes: a batch is stacked anew."""
         self._slot.last = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -208,7 +208,7 @@ class MixedBatchModel(BaseTuner):
         return batch
 
 
-def _versions(tensors: list[Tensor]) -> list[int]:
+def _versions(tensors: list[Any]) -> list[int]:
     try:
         return list(map(operator.attrgetter("_version"), tensors))
     except RuntimeError:  # tensors made in inference mode count no versions
