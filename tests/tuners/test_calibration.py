@@ -169,6 +169,17 @@ def test_another_adapter_is_off_meanwhile_and_as_it_was_afterwards():
     assert torch.equal(output(model, inputs), adapted)
 
 
+def test_beside_lora_in_a_mixed_model_the_choice_is_the_same():
+    expected = turnrow.select(adapt(selection="fisher"), padded("llama"))
+    model, _ = build("llama", dtype=torch.float64)
+    lora = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    rocoft = config(selection="fisher", target_modules=linear_names(model))
+    mixed = get_peft_model(model, rocoft, mixed=True)
+    mixed.add_adapter("lora", lora)
+    mixed.set_adapter(["default", "lora"])
+    assert turnrow.select(mixed, padded("llama")).indices() == expected.indices()
+
+
 def test_training_is_refused_until_the_choice_is_made():
     model = adapt(selection="gradient")
     _, inputs = build("llama", dtype=torch.float64)

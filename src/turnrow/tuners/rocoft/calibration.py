@@ -105,8 +105,9 @@ def _config(model: nn.Module, adapter_name: str) -> RocoftConfig:
 def _layers(model: PeftModel | PeftMixedModel, adapter_name: str) -> dict[str, RocoftLinear]:
     """The layers of an adapter by their names in the base model."""
     base: Any = model.base_model
+    # In a mixed model the layer may lie inside one of another method.
     return {
-        name: module
+        name.replace(".base_layer", ""): module
         for name, module in base.model.named_modules()
         if isinstance(module, RocoftLinear) and module.parts(adapter_name)
     }
