@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -98,8 +99,12 @@ def compare(method: str, architecture: str, mesh: DeviceMesh, folder: Path, engi
         losses = mean(train(sharded, of_this_process(inputs)))
     out = folder / "-".join([method, architecture])
     save_adapter(sharded, out)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state = get_model_state_dict(sharded, options=options) if engine == "fsdp2" else None
     if distributed.get_rank() == 0:
         whole.save_pretrained(out / "expected")
+        if state is not None:
+            sharded.save_pretrained(out / "by torch", state_dict=state)
     with sharded.disable_adapter(), torch.no_grad():
         disabled = sharded(**inputs).logits
     base, _ = build(architecture)

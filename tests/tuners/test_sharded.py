@@ -52,6 +52,8 @@ def check(case: str, found: Found, folder: Path) -> None:
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6)
+    by_torch = saved / "by torch" / "adapter_model.safetensors"
+    assert not by_torch.exists() or by_torch.read_bytes() == (saved / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("case", CASES)
