@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from turnrow.ops.delta import BeforeBackward, unviewed
+from turnrow.ops.delta import BeforeBackward, unviewed, without_autocast
 from turnrow.ops.tokens import token_product
 
 __all__ = ["attach_gradient", "keep", "lora_factors", "others", "overlay", "put_", "shape", "spread"]
@@ -112,7 +112,7 @@ class _ColumnGradient(torch.autograd.Function):
             ctx.before_backward()
         d_delta = None
         if ctx.needs_input_grad[2]:
-            with torch.autocast(dy.device.type, enabled=False):
+            with without_autocast(dy):
                 x_s = x_s.reshape(-1, x_s.shape[-1]).to(dy.dtype)
                 # (x_s^T dy)^T: with r rows of output this order is several times faster than dy^T x_s, with r columns.
                 d_delta = token_product(x_s, dy.reshape(-1, dy.shape[-1])).t().to(delta.dtype)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from turnrow.ops.delta import BeforeBackward, unviewed
+from turnrow.ops.delta import BeforeBackward, unviewed, without_autocast
 
 __all__ = ["attach_gradient", "count", "dense", "keep", "overlay", "put_", "shape"]
 
@@ -118,7 +118,7 @@ class _EntryOverlay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, delta, index = ctx.saved_tensors
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy):
             dx = None
             if ctx.needs_input_grad[1]:
                 change = dense(delta, index, dy.shape[-1], x.shape[-1])
@@ -133,7 +133,7 @@ def _rows_and_columns(index: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
 
 def _sampled_gradient(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
     """(dy^T x).flat[S], (n,)."""
-    with torch.autocast(dy.device.type, enabled=False):
+    with without_autocast(dy):
         dy = dy.reshape(-1, dy.shape[-1]).to(x.dtype)  # (tokens, out)
         x = x.reshape(-1, x.shape[-1])  # (tokens, in)
         pieces = [

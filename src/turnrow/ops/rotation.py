@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from turnrow.ops.delta import without_autocast
 from turnrow.ops.tokens import token_product
 
 __all__ = [
@@ -245,7 +246,7 @@ class _RotateOutput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         kept, theta, alpha = _saved(ctx)
-        with torch.autocast(dz.device.type, enabled=False):
+        with without_autocast(dz):
             blocks = coefficients(ctx.settings.variant, ctx.settings.group_size, theta, alpha)
             dh = rotate_values(dz, _transpose(blocks)) if ctx.needs_input_grad[0] else None
             d_theta, d_alpha = _parameter_gradients(ctx, kept, dz, theta, alpha, blocks)
@@ -267,7 +268,7 @@ class _RotatedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         z, theta, alpha, weight = _saved(ctx)
-        with torch.autocast(dz.device.type, enabled=False):
+        with without_autocast(dz):
             blocks = coefficients(ctx.settings.variant, ctx.settings.group_size, theta, alpha)
             dx = dz @ _rotate_rows(weight, blocks).to(dz.dtype) if ctx.needs_input_grad[0] else None
             d_theta, d_alpha = _parameter_gradients(ctx, z, dz, theta, alpha, blocks, first_parameter=3)

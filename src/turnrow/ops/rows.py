@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from turnrow.ops.delta import BeforeBackward, unviewed
+from turnrow.ops.delta import BeforeBackward, unviewed, without_autocast
 from turnrow.ops.tokens import token_product
 
 __all__ = ["attach_gradient", "keep", "lora_factors", "overlay", "put_", "shape"]
@@ -96,7 +96,7 @@ class _RowGradient(torch.autograd.Function):
             ctx.before_backward()
         d_delta = None
         if ctx.needs_input_grad[2]:
-            with torch.autocast(dy.device.type, enabled=False):
+            with without_autocast(dy):
                 dy_s = dy.index_select(-1, index).to(x.dtype)  # (..., r)
                 d_delta = token_product(dy_s.reshape(-1, dy_s.shape[-1]), x.reshape(-1, x.shape[-1])).to(delta.dtype)
         return dy, None, d_delta, None, None

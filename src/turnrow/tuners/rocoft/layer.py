@@ -71,7 +71,11 @@ class _Live:
     index_stamps: list[tuple[int, int]]
     """State of the index tensors when the originals were taken out."""
     written: list[tuple[int, int]] = field(default_factory=list)
-    """State of the parameters and of the weight when the weight was last written."""
+    """State of the parameters when the weight was last written."""
+    pointer: int = 0
+    """Where the values of the weight lie."""
+    values: Any = None
+    """The weight as (out, in), to write to."""
 
 
 class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
@@ -185,13 +189,15 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
             self.restore_base()
             originals = [self._take_out(part) for part in active.parts]
             live = self._live = _Live(active, originals, index_stamps)
+        pointer = self._base.weight.data_ptr()
+        if live.pointer != pointer:
+            live.values, live.pointer, live.written = self._values(), pointer, []
         written = [_stamp(part.parameter) for part in active.parts]
-        written.append((self._base.weight.data_ptr(), 0))
         # While it is trained the weight is written at every forward: `parameter.data` can change unseen by its version.
         if live.written != written or any(part.parameter.requires_grad for part in active.parts):
             with torch.no_grad():
                 for part, kept in zip(active.parts, live.kept, strict=True):
-                    self._write(kept, adapted(kept.values, part.delta()))
+                    part.ops.put_(live.values, kept.index, adapted(kept.values, part.delta()))
             live.written = written
 
     def _take_out(self, part: Part) -> _Kept:
