@@ -8,9 +8,11 @@ import re
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from tests.tuners.mixed import BASE, alone, batch_of, mixed, several, with_adapter
-from tests.tuners.models import ROAD, ROCOFT, configure, identical, perturb, snapshot
+from tests.tuners.models import ROAD, ROCOFT, build, configure, identical, perturb, snapshot
+from turnrow import RocoftConfig
 from turnrow.errors import UserError
 from turnrow.tuners._mixed_batch import MixedBatchLayer
 
@@ -190,6 +192,19 @@ def test_rows_chosen_anew_are_seen():
     _close(model, inputs, names)
 
 
+@pytest.mark.parametrize("mode", ["row", "column"])
+def test_rows_and_columns_that_re_selection_settled_count(mode):
+    model = several("llama", [mode, "row+column"])
+    model.requires_grad_(False)
+    names, inputs = [mode, "row+column"], batch_of(model, 2)
+    before = mixed(model, inputs, names)
+    for layer in _layers(model):
+        shape = (2, layer.in_features) if mode == "row" else (layer.out_features, 2)
+        layer.set_settled(mode, mode, torch.tensor([6, 4]), 0.2 * torch.randn(shape))
+    assert not torch.allclose(mixed(model, inputs, names)[0], before[0])
+    _close(model, inputs, names)
+
+
 # --- and after -------------------------------------------------------------------------------------------------------
 
 
@@ -283,3 +298,11 @@ def test_gradient_checkpointing_is_refused_because_the_names_are_gone_in_the_bac
     model.train()
     with pytest.raises(UserError, match="cannot be used with gradient checkpointing.*switch it off"):
         model(**inputs, adapter_names=["row", "column"])
+
+
+def test_training_an_adapter_that_awaits_its_data_is_refused_in_a_batch_too():
+    model = get_peft_model(build("llama")[0], RocoftConfig(selection="gradient", target_modules=["q_proj"]))
+    inputs = batch_of(model, 2)
+    mixed(model, inputs, ["default", BASE])
+    with pytest.raises(UserError, match="'default' selects what it trains by data, and has seen none"):
+        model(**inputs, adapter_names=["default", BASE])

@@ -8,6 +8,7 @@ from peft import LoHaConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_mod
 
 from tests.tuners.models import build, configure, identical, output, perturb, snapshot
 from turnrow import RoadConfig
+from turnrow.errors import UserError
 from turnrow.tuners.mixed_methods import MixedModel
 
 PAIRS = [
@@ -125,3 +126,58 @@ def test_methods_of_peft_mix_as_before():
     assert torch.allclose(output(model, inputs), reference, atol=1e-6)
     model.set_adapter(["default", "loha"])
     assert not torch.allclose(output(model, inputs), reference, atol=1e-4)
+
+
+# --- batches of several adapters ---------------------------------------------------------------------------------------
+
+
+def _three(order):
+    """A model with rows, RoAd and LoRA, in that order."""
+    base, inputs = build("roberta")
+    first, *others = order
+    model = get_peft_model(base, _config(first), adapter_name=f"a {first}", mixed=True)
+    for method in others:
+        model.add_adapter(f"a {method}", _config(method))
+    perturb(model)
+    return model.eval(), inputs["input_ids"].repeat(2, 1)
+
+
+@pytest.mark.parametrize(
+    "order", [("row-bias", "lora", "road_4"), ("road_4", "row-bias", "lora"), ("lora", "road_4", "row")]
+)
+def test_a_batch_gives_every_sample_an_adapter_of_whatever_method(order):
+    model, ids = _three(order)
+    names = [f"a {order[2]}", f"a {order[0]}", "__base__", f"a {order[1]}"]
+    with torch.no_grad():
+        together = model(input_ids=ids, adapter_names=names).logits
+        for sample, name in enumerate(names):
+            if name == "__base__":
+                with model.disable_adapter():
+                    alone = model(input_ids=ids[sample : sample + 1]).logits
+            else:
+                model.set_adapter(name)
+                alone = model(input_ids=ids[sample : sample + 1]).logits
+            torch.testing.assert_close(together[sample : sample + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_generation_takes_a_batch_of_several_methods_too():
+    base, inputs = build("llama")
+    ids = inputs["input_ids"]
+    model = get_peft_model(base, configure("row", base), adapter_name="row", mixed=True)
+    model.add_adapter("road", configure("road_1", build("llama")[0]))
+    perturb(model, 0.4)
+    model.eval()
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
+    together = model.generate(input_ids=ids, adapter_names=["road", "row"], **settings)
+    for sample, name in enumerate(("road", "row")):
+        model.set_adapter(name)
+        alone = model.generate(input_ids=ids[sample : sample + 1], **settings)
+        assert torch.equal(together[sample : sample + 1], alone)
+
+
+def test_a_method_that_serves_one_adapter_at_a_time_is_refused_in_a_batch_of_several():
+    base, inputs = build("roberta")
+    model = get_peft_model(base, _config("row"), adapter_name="row", mixed=True)
+    model.add_adapter("loha", LoHaConfig(r=2, target_modules=["query"]))
+    with pytest.raises(UserError, match=r"adapter_names cannot be used with '\S+query', a layer of peft.tuners.loha"):
+        model(input_ids=inputs["input_ids"], adapter_names=["row", "row"])

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -36,13 +36,14 @@ class MixedBatch:
         """How often generation repeats every sample, one after the other: beams, or returned sequences."""
         self.layers: list[MixedBatchLayer] = []
         self.peft_layers: list[Any] = []
-        """Layers of peft's own, for quantized weights."""
+        """Layers of peft's own: over quantized weights, or of another method in a mixed model."""
         self.whole_modules: list[ModulesToSaveWrapper] = []
         for name, module in tuner.model.named_modules():
             if isinstance(module, MixedBatchLayer):
                 _refuse_experts(name)
                 self.layers.append(module)
-            elif isinstance(module, tuner.tuner_layer_cls):
+            elif isinstance(module, BaseTunerLayer):
+                _refuse_without_names(name, module)
                 self.peft_layers.append(module)
             elif isinstance(module, ModulesToSaveWrapper):
                 self.whole_modules.append(module)
@@ -177,7 +178,7 @@ class MixedBatchModel(BaseTuner):
         self._forget_batch()
         super().inject_adapter(*args, **kwargs)
 
-    def delete_adapter(self, adapter_name: str) -> None:
+    def delete_adapter(self, adapter_name: Any) -> None:
         """As in peft; what was stacked for a batch is given up."""
         self._forget_batch()
         super().delete_adapter(adapter_name)
@@ -232,6 +233,14 @@ def _refuse_experts(name: str) -> None:
         raise UserError(
             f"adapter_names cannot be used with an adapter on {name!r}: an expert gets the tokens of all samples mixed. "
             "Activate one adapter by set_adapter(), or leave the experts out of target_modules"
+        )
+
+
+def _refuse_without_names(name: str, layer: BaseTunerLayer) -> None:
+    if not hasattr(layer, "_mixed_batch_forward"):
+        raise UserError(
+            f"adapter_names cannot be used with {name!r}, a layer of {type(layer).__module__}: in peft that method serves one "
+            "adapter at a time"
         )
 
 

@@ -19,6 +19,7 @@ from peft.tuners.mixed.model import MixedModel as PeftMixedModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from turnrow.tuners._mixed_batch import MixedBatchModel
 from turnrow.tuners.road.layer import RoadLinear
 from turnrow.tuners.road.model import RoadModel
 from turnrow.tuners.rocoft.config import RocoftConfig
@@ -30,12 +31,25 @@ __all__ = ["MixedModel"]
 _TUNERS: dict[type[PeftConfig], type[BaseTuner]] = {RocoftConfig: RocoftModel, RoadConfig: RoadModel}
 
 
-class MixedModel(PeftMixedModel):
+class MixedModel(MixedBatchModel, PeftMixedModel):
     """peft's model of several methods, with ours among them.
 
     Where layers lie around each other, merging goes from the inside out and unmerging back: only so does each find the
     weight as it left it.
     """
+
+    # --- running ---------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The model with the active adapters; `adapter_names` gives each sample one of its own, of whatever method."""
+        with self._enable_peft_forward_hooks(*args, adapter_names=adapter_names, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """As the base model's, with the active adapters or those of `adapter_names`."""
+        with self._enable_peft_forward_hooks(*args, adapter_names=adapter_names, **kwargs):
+            model: Any = self.model
+            return model.generate(*args, **kwargs)
 
     # --- putting the layers in -------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from turnrow.tuners._mixed_batch import MixedBatch
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.layer import Active, RocoftLayer, trainable_dtype
 from turnrow.tuners.rocoft.mixed import StackedParts, stack_bias, stack_parts
-from turnrow.tuners.rocoft.parts import PARTS, choose_indices, is_given
+from turnrow.tuners.rocoft.parts import PARTS, Part, choose_indices, is_given
 
 __all__ = ["RocoftLinear"]
 
@@ -151,7 +151,7 @@ class RocoftLinear(RocoftLayer):
             return self._held_for_backward(self.base_layer(x, *args, **kwargs), x)
         active = self.active
         if self._unselected:
-            self._refuse_unselected(active)
+            self._refuse_unselected(self.active_adapters, active.parts)
         if active.adapters == 1 and self._may_go_live():
             return self._live_forward(active, x, args, kwargs)
         self.restore_base()
@@ -160,9 +160,9 @@ class RocoftLinear(RocoftLayer):
             y = part.ops.overlay(y, x, part.delta(), part.index)
         return y
 
-    def _refuse_unselected(self, active: Active) -> None:
-        unselected = self._unselected.intersection(self.active_adapters)
-        if unselected and torch.is_grad_enabled() and any(part.parameter.requires_grad for part in active.parts):
+    def _refuse_unselected(self, adapters: Iterable[str], parts: Iterable[Part]) -> None:
+        unselected = self._unselected.intersection(adapters)
+        if unselected and torch.is_grad_enabled() and any(part.parameter.requires_grad for part in parts):
             raise UserError(
                 f"adapter {min(unselected)!r} selects what it trains by data, and has seen none: call "
                 "turnrow.select(model, batches) before training, or name the indices in its config"
@@ -188,6 +188,8 @@ class RocoftLinear(RocoftLayer):
     def stack_adapters(self, names: Sequence[str], dtype: torch.dtype) -> StackedParts | None:
         """The parts and biases of each sample's adapter."""
         parts = {name: self.parts(name) for name in set(names)}
+        for name in self._unselected & parts.keys():
+            self._refuse_unselected([name], parts[name])
         biases: Any = self.rocoft_bias
         bias = stack_bias(biases, names, dtype)
         return stack_parts([parts[name] for name in names], bias, self.out_features, self.in_features, dtype)

@@ -23,7 +23,7 @@ _SECOND = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.BatchNorm1d, nn.Bat
 """Their bias lies along the second."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StackedParts:
     """What the adapters of a batch trained in one weight."""
 
@@ -51,20 +51,23 @@ def stack_parts(
     """Stack the parts of each sample's adapter beside the biases; None if there is nothing."""
     by_name: dict[str, list[batched.Chosen | None]] = {name: [] for name in ("row", "column", "entry")}
     for of_sample in parts:
-        chosen = {part.name: (part.delta(), part.index) for part in of_sample}
-        if len(chosen) < len(of_sample):
-            raise UserError(
-                "adapter_names cannot be used in the middle of re-selection: turnrow.tuners.unite(model) first"
-            )
-        for name, column in by_name.items():
-            column.append(chosen.get(name))
+        for name, chosen in by_name.items():
+            pieces = [part for part in of_sample if part.name == name]
+            chosen.append(_joined(pieces, 1 if name == "column" else 0) if pieces else None)
     stacked = StackedParts(
         batched.stack_rows(by_name["row"], dtype),
         batched.stack_columns(by_name["column"], dtype),
         batched.stack_entries(by_name["entry"], out_features, in_features),
         bias,
     )
-    return None if stacked == StackedParts(None, None, None, None) else stacked
+    return None if all(part is None for part in vars(stacked).values()) else stacked
+
+
+def _joined(pieces: Sequence[Part], dim: int) -> batched.Chosen:
+    """One part; or, in the middle of re-selection, what is trained and what is settled side by side."""
+    if len(pieces) == 1:
+        return pieces[0].delta(), pieces[0].index
+    return torch.cat([piece.delta() for piece in pieces], dim), torch.cat([piece.index for piece in pieces])
 
 
 def stack_bias(biases: nn.ParameterDict, names: Sequence[str], dtype: torch.dtype) -> Tensor | None:
