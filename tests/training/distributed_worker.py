@@ -43,6 +43,8 @@ def training_step(self: GuardedTrainer, *args: Any, **kwargs: Any) -> torch.Tens
             raise OSError("the disk of this process is full")
         # torchrun, which passes it on to all.
         os.kill(os.getppid(), getattr(signal, what))
+        if what == "SIGTERM":
+            time.sleep(60)
     if now >= step:
         time.sleep(0.3)
     return original(self, *args, **kwargs)

@@ -117,7 +117,7 @@ def test_what_is_wrong_for_all_is_said_once(calm_recipe: MakeRecipe, tmp_path: P
 def test_an_error_of_one_process_ends_all(calm_recipe: MakeRecipe, tmp_path: Path) -> None:
     code, _, err = on_two(calm_recipe(), tmp_path, worker=("error", "1", "5"))
     assert code == 1
-    assert err.count("the disk of this process is full") == 1
+    assert err.count("OSError: the disk of this process is full") == 1
     assert "Connection closed" not in err
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-4" / "complete.json").exists()
 
@@ -125,11 +125,11 @@ def test_an_error_of_one_process_ends_all(calm_recipe: MakeRecipe, tmp_path: Pat
 @pytest.mark.slow
 def test_sigterm_on_torchrun_leaves_a_folder_that_goes_on(calm_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe, one = one_process(calm_recipe, tmp_path)
-    code, _, _ = on_two(recipe, tmp_path, worker=("SIGTERM", "0", "6"))
+    code, _, _ = on_two(recipe, tmp_path, worker=("SIGTERM", "0", "4"))
     assert code != 0
     code, _, err = on_two(recipe, tmp_path, "--resume")
     assert code == 0, err
-    assert "checkpoint-4" in err
+    assert "checkpoint-2" in err
     check_equal(one, tmp_path / "run")
 
 
