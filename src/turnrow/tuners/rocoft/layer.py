@@ -33,7 +33,7 @@ from turnrow.errors import UserError
 from turnrow.ops import columns, rows
 from turnrow.ops.delta import adapted
 from turnrow.selection import check_indices, first
-from turnrow.tuners._dense import dense_weight, features, is_plain_tensor
+from turnrow.tuners._dense import dense_linear, dense_weight, features, is_plain_tensor
 from turnrow.tuners.rocoft.config import RocoftConfig
 
 __all__ = ["RocoftBias", "RocoftLayer", "RocoftLinear"]
@@ -336,6 +336,10 @@ class RocoftBias(RocoftLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
         super().__init__(base_layer, adapter_name)
+        # peft's layers all tell their features; a norm has as many of both as its bias has values.
+        size, dense = self._base.bias.numel(), dense_linear(self._base)
+        channels = getattr(self._base, "in_channels", size)
+        self.out_features, self.in_features = (size, channels) if dense is None else features(dense)
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: RocoftConfig) -> None:
