@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from tests.tuners.models import (
     ARCHITECTURES,
@@ -359,3 +361,10 @@ def test_data_written_past_the_version_counter_is_seen_while_training():
         if parameter.requires_grad:
             parameter.data.add_(0.1)  # as some averaging callbacks do
     assert not torch.allclose(output(model, inputs), before)
+
+
+def test_every_layer_tells_its_features_as_those_of_peft_do():
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten(), nn.LayerNorm(4), nn.Linear(4, 6), nn.Linear(6, 2))
+    model = get_peft_model(model, RocoftConfig(r=1, bias="all", target_modules=["4"]))
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert [(layer.in_features, layer.out_features) for layer in layers] == [(3, 4), (4, 4), (4, 6), (6, 2)]

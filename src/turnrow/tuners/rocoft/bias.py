@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from turnrow.tuners._dense import dense_linear, features
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.layer import RocoftLayer
 from turnrow.tuners.rocoft.mixed import add_bias, stack_bias
@@ -20,6 +21,10 @@ class RocoftBias(RocoftLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
         super().__init__(base_layer, adapter_name)
+        # peft's layers all tell their features; a norm has as many of both as its bias has values.
+        size, dense = self._base.bias.numel(), dense_linear(self._base)
+        channels = getattr(self._base, "in_channels", size)
+        self.out_features, self.in_features = features(dense) if dense is not None else (size, channels)
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: RocoftConfig) -> None:
