@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import RoadConfig, get_peft_model
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, OPTConfig, OPTForCausalLM
 
 from tests.tuners.mixed import BASE, alone, batch_of, mixed, several, with_adapter
 from tests.tuners.models import ROAD, ROCOFT, build, has_biases, perturb
@@ -294,6 +294,16 @@ def test_disabled_adapters_give_the_base_whatever_the_names(method):
     inputs = batch_of(model, 2)
     with model.disable_adapter():
         assert torch.equal(mixed(model, inputs, [method, method]), mixed(model, inputs, [BASE, BASE]))
+
+
+def test_a_model_that_flattens_its_tokens_is_refused():
+    config = OPTConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=24, word_embed_proj_dim=16,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    model = get_peft_model(OPTForCausalLM(config), RocoftConfig(target_modules=["q_proj", "fc1"])).eval()
+    with pytest.raises(UserError, match="given a batch of 18.*flattens samples and tokens into one dimension"):
+        mixed(model, {"input_ids": torch.randint(3, 64, (2, 9))}, ["default", BASE])
 
 
 class _Experts(nn.Module):

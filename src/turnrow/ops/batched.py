@@ -126,9 +126,9 @@ class Entries:
     delta: Tensor
     """(n,) of all samples, in at least float32"""
     column: Tensor
-    """(n,) int64, b * in + column"""
+    """(n,) int32 or int64, b * in + column"""
     starts: Tensor
-    """(B out + 1,) int64: entries starts[k] to starts[k + 1] lie in row k = b * out + row."""
+    """(B out + 1,) in the same dtype: entries starts[k] to starts[k + 1] lie in row k = b * out + row."""
 
 
 def stack_entries(chosen: Sequence[Chosen | None], out_features: int, in_features: int) -> Entries | None:
@@ -142,7 +142,10 @@ def stack_entries(chosen: Sequence[Chosen | None], out_features: int, in_feature
     owner = torch.tensor(samples, device=index.device).repeat_interleave(lengths, output_size=len(index))
     row = owner * out_features + torch.div(index, in_features, rounding_mode="floor")
     starts = torch.searchsorted(row, torch.arange(len(chosen) * out_features + 1, device=index.device))
-    return Entries(torch.cat(deltas), owner * in_features + index % in_features, starts)
+    column = owner * in_features + index % in_features
+    small = max(len(index), len(chosen) * in_features) < 2**31
+    narrow = torch.int32 if small else torch.int64  # half the memory beside values in float32
+    return Entries(torch.cat(deltas), column.to(narrow), starts.to(narrow))
 
 
 def add_entries(y: Tensor, x: Tensor, entries: Entries) -> Tensor:
