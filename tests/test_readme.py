@@ -32,12 +32,16 @@ BLOCKS = [
     )
 ]
 PYTHON = [(block, following) for block, following in pairwise(BLOCKS) if block.language == "python"]
+DISTRIBUTED = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
 COMMANDS = [
-    shlex.split(line, comments=True)[1:]
-    for block in BLOCKS
-    if block.language == "bash"
-    for line in block.code.splitlines()
-    if line.startswith("turnrow ")
+    words[words.index("turnrow") + 1 :]
+    for code in [
+        *(block.code for block in BLOCKS if block.language == "bash"),
+        *re.findall(r"^```bash\n(.*?)^```$", DISTRIBUTED, re.MULTILINE | re.DOTALL),
+    ]
+    for line in code.replace("\\\n", " ").splitlines()
+    # Alone, or started by torchrun on several processes.
+    if line.startswith(("turnrow ", "torchrun ")) and (words := shlex.split(line, comments=True))
 ]
 
 
