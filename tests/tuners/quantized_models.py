@@ -38,6 +38,8 @@ def _with_hqq(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """By hand, because transformers 5 does not load by HQQ yet."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
+    model.requires_grad_(False)  # it clones the bias, with its history
+
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             config = BaseQuantizeConfig(nbits=4, group_size=8, axis=1)

@@ -69,13 +69,18 @@ def test_life_of_an_adapter(backend, method, tmp_path):
         assert torch.equal(output(model, inputs), reference)
 
     weights = {name: module.weight for name, module in quantized_layers(model).items() if hasattr(module, "weight")}
+    values = [layer.dense_values() for layer in model.modules() if isinstance(layer, (RocoftLinear, RoadLinear))]
     with pytest.warns(UserWarning, match=MERGE_WARNING):
         model.merge_adapter()
     assert not identical(packed(model), before)
     torch.testing.assert_close(output(model, inputs), adapted, rtol=0, atol=3e-2 if backend in FOUR_BITS else 3e-3)
     model.unmerge_adapter()
     assert identical(packed(model), before)
-    assert all(quantized_layers(model)[name].weight is weight for name, weight in weights.items())
+    again = [layer.dense_values() for layer in model.modules() if isinstance(layer, (RocoftLinear, RoadLinear))]
+    assert all(torch.equal(*pair) for pair in zip(values, again, strict=True))
+    layers = quantized_layers(model)
+    assert all(layers[name].weight is weight for name, weight in weights.items())
+    assert all(m.quant_state is m.weight.quant_state for n, m in layers.items() if "layer.0" in n and "nf4" in backend)
     assert torch.equal(output(model, inputs), adapted)
     train(model, inputs, steps=1)
 
@@ -206,6 +211,8 @@ def test_moving_a_merged_model_moves_what_unmerging_puts_back(backend):
 @every_backend
 @pytest.mark.parametrize("method", ["row", "column-all-biases"])
 def test_counts_are_those_of_the_dense_model(backend, method):
+    if backend == "hqq":
+        pytest.skip("HQQ keeps biases as plain attributes, which nobody counts")
     model = get_peft_model(build_quantized("roberta", backend)[0], config_for(method))
     assert count_parameters(model) == count_parameters(get_peft_model(build("roberta")[0], config_for(method)))
 

@@ -7,7 +7,7 @@ is written; `MergeCost` says how much. What is taken out is kept as it is, so pu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,11 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor, nn
 
+from turnrow.errors import UserError
+from turnrow.ops.rounding import MergeCost, merge_cost
 from turnrow.tuners._dense import bare, dense_linear, is_torchao
 
 __all__ = [
-    "MergeCost",
     "Original",
     "Requantizer",
     "is_linear",
@@ -36,6 +37,7 @@ __all__ = [
     "requantizer",
     "restore_weight",
     "values_of",
+    "why_not_to_merge",
 ]
 
 Requantizer = Callable[[], Any]
@@ -66,40 +68,6 @@ def quantization_backend(module: nn.Module, requantize: Requantizer | None = Non
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is a linear layer, dense or quantized, itself or under adapter layers."""
     return dense_linear(module) is not None or quantization_backend(module) is not None
-
-
-@dataclass(frozen=True)
-class MergeCost:
-    """What quantizing a merged weight anew has cost."""
-
-    error: float
-    """Frobenius norm of what the layer holds less what it should: W0 + delta, or R W0."""
-
-    wanted: float
-    """Frobenius norm of what it should hold."""
-
-    change: float
-    """Frobenius norm of the change that was merged."""
-
-    @property
-    def relative(self) -> float:
-        """`error` over `wanted`."""
-        return self.error / self.wanted if self.wanted else 0.0
-
-    @property
-    def of_change(self) -> float:
-        """`error` over `change`: 1 and more means that the adapter is drowned in rounding."""
-        return self.error / self.change if self.change else math.inf if self.error else 0.0
-
-    def __str__(self) -> str:
-        return f"relative error {self.relative:.2e}, {self.of_change:.0%} of the adapter's change"
-
-    @classmethod
-    def sum(cls, costs: Iterable[MergeCost]) -> MergeCost:
-        """Of several weights as if they were one."""
-        costs = list(costs)
-        error, wanted, change = (math.hypot(*(getattr(c, f) for c in costs)) for f in ("error", "wanted", "change"))
-        return cls(error, wanted, change)
 
 
 @dataclass
@@ -138,8 +106,12 @@ def replace_weight(layer: BaseTunerLayer, values: Tensor) -> tuple[Original, Mer
 
     Raises:
         ValueError: what the weight would hold is not finite. The layer is as it was.
+        UserError: the backend cannot quantize anew.
     """
-    backend, before = _backend(layer), values_of(layer)
+    backend = _backend(layer)
+    if reason := why_not_to_merge(backend):
+        raise UserError(f"this layer has {reason}")
+    before = values_of(layer)
     original = _take_out(layer)
     weight = original.weight
     attributes = {} if weight is None else dict(vars(weight))
@@ -148,8 +120,7 @@ def replace_weight(layer: BaseTunerLayer, values: Tensor) -> tuple[Original, Mer
         backend.set_base_weight(_innermost(layer), values.to(weight.dtype) if is_torchao(weight) else values)
         if isinstance(backend, HqqBackend):
             layer.get_base_layer().bias = original.module.bias  # which peft forgets
-        held = values_of(layer)
-        cost = MergeCost(*(torch.linalg.vector_norm(t).item() for t in (held - values, values, values - before)))
+        cost = merge_cost(values_of(layer), values, before)
         if not math.isfinite(cost.error):
             raise ValueError(f"the merged weight has values that {backend.backend_name} cannot hold")
     except BaseException:
@@ -175,6 +146,22 @@ def restore_weight(layer: BaseTunerLayer, original: Original) -> None:
         base.state.reset_grads()  # the next forward takes the scales from the weight
     if isinstance(backend, Bnb4bitBackend):
         base.quant_state = base.weight.quant_state
+
+
+def why_not_to_merge(backend: QuantizationBackend) -> str | None:
+    """What stands against merging into weights of this kind, to follow "the layer has"; None where nothing does."""
+    if backend.supports_merge:
+        return None
+    why = (
+        "it was quantized without transformers, so nothing says how to do it again: load the model by "
+        "from_pretrained(..., quantization_config=...)"
+        if isinstance(backend, TorchaoBackend)
+        else "its package cannot quantize a changed weight anew: load the base without quantization to merge into it"
+    )
+    return (
+        f"a weight quantized by {backend.backend_name}, into which nothing can be merged; {why}. "
+        "As an adapter beside the base it works as it is"
+    )
 
 
 def _backend(layer: BaseTunerLayer) -> QuantizationBackend:

@@ -6,11 +6,11 @@ import warnings
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.quantization_utils import TorchaoBackend
 from torch import nn
 
 from turnrow.errors import UserError
-from turnrow.tuners._quantized import MergeCost
+from turnrow.ops.rounding import MergeCost
+from turnrow.tuners._quantized import why_not_to_merge
 
 __all__ = ["QuantizedModelMixin", "keep_nf4_unpacked", "warn_of_merge_costs"]
 
@@ -58,17 +58,8 @@ def _check_can_merge(layers: dict[str, BaseTunerLayer]) -> None:
     """Refuse before anything is merged what cannot be merged (UserError, with the name of the first such layer)."""
     for name, layer in layers.items():
         backend = layer.quantization_backend
-        if backend is not None and not backend.supports_merge:
-            why = (
-                "it was quantized without transformers, so nothing says how to do it again: load the model by "
-                "from_pretrained(..., quantization_config=...)"
-                if isinstance(backend, TorchaoBackend)
-                else "its package cannot quantize a changed weight anew: load the base without quantization to merge into it"
-            )
-            raise UserError(
-                f"module {name!r} has a weight quantized by {backend.backend_name}, into which nothing can be merged; {why}. "
-                "As an adapter beside the base it works as it is"
-            )
+        if backend is not None and (reason := why_not_to_merge(backend)):
+            raise UserError(f"module {name!r} has {reason}")
 
 
 def warn_of_merge_costs(layers: dict[str, BaseTunerLayer]) -> None:

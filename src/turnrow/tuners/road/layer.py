@@ -142,6 +142,8 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoadLinear:
         result = super()._apply(fn, recurse)
         self._look_up_active()  # it may have put new parameters in the place of the old
+        for original, _ in self._replaced:
+            original.apply(fn)
         return result
 
     def _folded_forward(self, x: Tensor, name: str) -> Tensor | None:
@@ -279,12 +281,6 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
             else:
                 rotation.unrotate_weight_(weight, self._bias_values(), self._blocks(name)[0])
         self.merge_cost = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoadLinear:
-        result = super()._apply(fn, recurse)
-        for original, _ in self._replaced:
-            original.apply(fn)
-        return result
 
     def dense_values(self) -> Tensor:
         """The weight as it is at this moment, (out, in), to read: a dense one itself, of a quantized one a float32 copy."""
