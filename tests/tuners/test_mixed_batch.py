@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GenerationConfig, OPTConfig, OPTForCausalLM
 
 from tests.tuners.mixed import BASE, alone, batch_of, mixed, several, with_adapter
-from tests.tuners.models import ROAD, ROCOFT, build, has_biases, perturb
+from tests.tuners.models import ROAD, ROCOFT, build, configure, has_biases, perturb
 from turnrow import RocoftConfig
 from turnrow.errors import UserError
 
@@ -76,6 +76,23 @@ def test_bfloat16_comes_out_as_alone_up_to_rounding(family):
     result = mixed(model, inputs, names)
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result, alone(model, inputs, names), rtol=0.05, atol=0.05)
+
+
+@FAMILIES
+def test_adapters_of_different_dtypes_share_a_batch(family):
+    methods = [method for method in _methods(family, "llama") if "column" not in method]
+    model = several("llama", methods, size=0.05, dtype=torch.bfloat16)
+    plain = build("llama", dtype=torch.bfloat16)[0]
+    for method in methods[:2]:
+        model.add_adapter(f"half {method}", configure(method, plain), autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "half" in name:
+            parameter.data = parameter.data.bfloat16()
+    perturb(model)
+    model.eval()
+    names = [*(f"half {method}" for method in methods[:2]), *methods]
+    inputs = batch_of(model, len(names))
+    torch.testing.assert_close(mixed(model, inputs, names), alone(model, inputs, names), rtol=0.05, atol=0.05)
 
 
 @FAMILIES

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -235,13 +236,15 @@ def stack_rotations(angles: Sequence[Angles], samples: int, out_features: int) -
     if not angles:
         return None
     device = angles[0].theta[0].device
-    diagonal = torch.ones(samples, out_features, dtype=angles[0].theta[0].dtype, device=device)
+    widest = reduce(torch.promote_types, {parameter.dtype for one in angles for parameter in one.theta})
+    diagonal = torch.ones(samples, out_features, dtype=widest, device=device)
     # By group size: the samples, and their (b, groups, 2, half) factors of the partner.
     by_size: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for one in angles:
         which = torch.tensor(one.samples, device=device)
         # Groups lie side by side, so many adapters of a kind are one long adapter.
-        blocks = coefficients(one.variant, one.group_size, torch.cat(list(one.theta)), torch.cat(list(one.alpha)))
+        theta, alpha = (torch.cat(list(parameters)).to(widest) for parameters in (one.theta, one.alpha))
+        blocks = coefficients(one.variant, one.group_size, theta, alpha)
         shape = (len(which), out_features // one.group_size, one.group_size // 2)
         c1, s1, c2, s2 = (entry.view(shape) for entry in blocks)
         diagonal = diagonal.index_copy(0, which, torch.stack((c1, c2), dim=2).flatten(1))
@@ -296,7 +299,8 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     """Stack tensors that may differ in length, the shorter ones filled up with zeros."""
     if all(len(tensor) == len(tensors[0]) for tensor in tensors):
         return torch.stack(tensors)
-    return pad_sequence(tensors, batch_first=True)
+    widest = reduce(torch.promote_types, {tensor.dtype for tensor in tensors})
+    return pad_sequence([tensor.to(widest) for tensor in tensors], batch_first=True)
 
 
 def _asks_for_gradient(*tensors: Tensor) -> bool:

@@ -96,4 +96,4 @@ def add_bias(y: Tensor, bias: Tensor, base: nn.Module, batch: MixedBatch) -> Ten
             f"adapter_names cannot be used with the trained bias of a {type(base).__name__}: where its output takes the bias is not "
             "known. Train the adapter with bias='rocoft_only' or 'none', or activate one adapter by set_adapter()"
         )
-    return batched.add_bias(by_sample, bias, dim).view(y.shape)
+    return batched.add_bias(by_sample, bias, dim).reshape(y.shape)
