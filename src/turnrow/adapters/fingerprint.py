@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from turnrow.errors import UserError
 
-__all__ = ["WeightPrint", "fingerprint", "weight_shape"]
+__all__ = ["WeightPrint", "fingerprint", "is_plain", "weight_shape"]
 
 SAMPLES = 32
 _PLASTIC = 1.32471795724474602596
@@ -103,30 +103,28 @@ def fingerprint(module: torch.nn.Module, parameters: Mapping[str, torch.Tensor])
         parameters: the adapter's tensors for this module; an index tensor of RoCoFT says which rows or columns are its own.
 
     Returns:
-        The fingerprint, or None if the module has no `weight`.
+        The fingerprint, or None if the module has no weight.
     """
     shape, weight = weight_shape(module), getattr(module, "weight", None)
-    if shape is None or not isinstance(weight, torch.Tensor):
+    if shape is None:
         return None
     transposed = isinstance(module, Conv1D)
-    if not _is_plain(weight) or weight.ndim != 2 or not weight.numel():
+    if not isinstance(weight, torch.Tensor) or not is_plain(weight) or weight.ndim != 2 or not weight.numel():
         return WeightPrint(shape, transposed, None)
     view = weight.detach().T if transposed else weight.detach()
     return WeightPrint(shape, transposed, _sample(view, parameters))
 
 
 def weight_shape(module: torch.nn.Module) -> tuple[int, ...] | None:
-    """The shape of a module's weight as (out, in), whatever way it is stored or packed; None if it has no `weight`."""
+    """The shape of a module's weight as (out, in), whatever way it is stored or packed; None if it has no weight."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        return None
     if isinstance(module, Conv1D):
-        return tuple(weight.shape[::-1])
-    # a quantized weight is packed into another shape than the matrix it stands for
+        return tuple(module.weight.shape[::-1])
+    # a quantized weight is packed into another shape than the matrix it stands for, or goes by another name
     out_features, in_features = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if isinstance(out_features, int) and isinstance(in_features, int):
         return out_features, in_features
-    return tuple(weight.shape)
+    return tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
 
 
 def _encode(sample: torch.Tensor) -> str:
@@ -138,7 +136,7 @@ def _decode(text: str) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def _is_plain(weight: torch.Tensor) -> bool:
+def is_plain(weight: torch.Tensor) -> bool:
     """Whether the elements are the weights themselves: not packed, scaled, sharded or absent."""
     plain_type = type(weight) in (torch.Tensor, torch.nn.Parameter)
     return plain_type and weight.is_floating_point() and weight.element_size() >= 2 and not weight.is_meta

@@ -8,11 +8,12 @@ Knows torch alone. Every equation of turnrow lives in this room; layers, merging
 - `entries`: train single entries of a weight matrix (RoCoFT's ablation).
 - `rotation`: rotate and scale pairs of output features (RoAd).
 - `batched`: the same for a batch in which every sample has an adapter of its own.
+- `rounding`: what quantizing a merged weight anew has cost.
 - `tokens`: sums over tokens, which every gradient above is.
 """
 
 from __future__ import annotations
 
-from turnrow.ops import batched, columns, delta, entries, rotation, rows
+from turnrow.ops import batched, columns, delta, entries, rotation, rounding, rows
 
-__all__ = ["batched", "columns", "delta", "entries", "rotation", "rows"]
+__all__ = ["batched", "columns", "delta", "entries", "rotation", "rounding", "rows"]

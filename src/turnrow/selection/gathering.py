@@ -146,8 +146,11 @@ class _Gradients:
         if not output.requires_grad:
             output = output + self._start
         self._calls[name] += 1
-        # Where the model overwrites a view, a hook on the view itself would never be called.
-        unviewed(output).register_hook(partial(self._arrived, name, x, x._version))
+        # Where the model overwrites a view, a hook on the view itself would never be called. What bitsandbytes returns may
+        # be a view of something that autograd does not know.
+        whole = unviewed(output)
+        watched = whole if whole.requires_grad else output
+        watched.register_hook(partial(self._arrived, name, x, x._version))
         return output
 
     def _arrived(self, name: str, x: Tensor, version: int, dy: Tensor) -> None:

@@ -2,32 +2,54 @@
 
 from __future__ import annotations
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from turnrow.errors import UserError
 
-__all__ = ["dense_linear", "dense_weight", "features", "is_plain_tensor", "is_sharded", "refuse_sharded"]
+__all__ = [
+    "bare",
+    "dense_linear",
+    "dense_weight",
+    "features",
+    "is_plain_tensor",
+    "is_sharded",
+    "is_torchao",
+    "refuse_sharded",
+]
 
 DenseLinear = nn.Linear | Conv1D
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """What lies under adapter layers, or `module` itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def dense_linear(module: nn.Module) -> DenseLinear | None:
     """The linear layer in `module`, itself or under adapter layers; None if it is no such layer.
 
-    Dense means a floating-point weight: quantized layers are subclasses of torch.nn.Linear, but theirs is of integers.
+    Dense means a floating-point weight: quantized layers are subclasses of torch.nn.Linear too, but their weight is of
+    integers, or of torchao's tensors, which pass themselves off as floating-point.
     """
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if isinstance(base, (nn.Linear, Conv1D)) and base.weight.is_floating_point():
+    base = bare(module)
+    if isinstance(base, (nn.Linear, Conv1D)) and base.weight.is_floating_point() and not is_torchao(base.weight):
         return base
     return None
 
 
-def features(layer: DenseLinear) -> tuple[int, int]:
-    """(out_features, in_features)."""
-    out_features, in_features = dense_weight(layer).shape
-    return out_features, in_features
+def features(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of the linear layer in `module`, dense or quantized."""
+    dense = dense_linear(module)
+    if dense is not None:
+        out_features, in_features = dense_weight(dense).shape
+        return out_features, in_features
+    # packed into another shape than the matrix it stands for
+    sizes: Any = _get_in_out_features(bare(module))
+    return sizes[1], sizes[0]
 
 
 def dense_weight(layer: DenseLinear, *, values: bool = False) -> Tensor:
@@ -63,3 +85,8 @@ def refuse_sharded(layer: nn.Module) -> None:
             "To merge, save the adapter and run `turnrow merge` on it. A model that has run before it is sharded must let go "
             "of its adapter first: `with model.disable_adapter(): pass`"
         )
+
+
+def is_torchao(weight: Any) -> bool:
+    """Whether `weight` is quantized by torchao; asked of the type's name, because importing torchao takes seconds."""
+    return type(weight).__module__.startswith("torchao.")

@@ -36,7 +36,7 @@ class MixedBatch:
         """How often generation repeats every sample, one after the other: beams, or returned sequences."""
         self.layers: list[MixedBatchLayer] = []
         self.peft_layers: list[Any] = []
-        """Layers of peft's own: over quantized weights, or of another method in a mixed model."""
+        """Layers of peft's own: of another method in a mixed model, or RoAd's over a weight that ours does not know."""
         self.whole_modules: list[ModulesToSaveWrapper] = []
         for name, module in tuner.model.named_modules():
             if isinstance(module, MixedBatchLayer):

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from turnrow.tuners._mixed_batch import MixedBatchModel
+from turnrow.tuners._quantized_model import QuantizedModelMixin, warn_of_merge_costs
 from turnrow.tuners.road.layer import RoadLinear
 from turnrow.tuners.road.model import RoadModel
 from turnrow.tuners.rocoft.config import RocoftConfig
@@ -31,7 +32,7 @@ __all__ = ["MixedModel"]
 _TUNERS: dict[type[PeftConfig], type[BaseTuner]] = {RocoftConfig: RocoftModel, RoadConfig: RoadModel}
 
 
-class MixedModel(MixedBatchModel, PeftMixedModel):
+class MixedModel(QuantizedModelMixin, MixedBatchModel, PeftMixedModel):
     """peft's model of several methods, with ours among them.
 
     Where layers lie around each other, merging goes from the inside out and unmerging back: only so does each find the
@@ -127,6 +128,7 @@ class MixedModel(MixedBatchModel, PeftMixedModel):
         self._restore_base()
         for layer in reversed(self._layers()):
             layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+        warn_of_merge_costs(self._layers_with_weights())
 
     def unmerge_adapter(self) -> None:
         """As in peft, the outermost layers first."""

@@ -1,4 +1,4 @@
-"""The adapter layer of RoAd, in the place of peft's own for dense linear layers."""
+"""The adapter layer of RoAd, in the place of peft's own."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from turnrow.ops import batched, rotation
+from turnrow.ops.rounding import MergeCost
 from turnrow.tuners._dense import DenseLinear, dense_weight, features, is_plain_tensor, is_sharded, refuse_sharded
 from turnrow.tuners._mixed_batch import MixedBatch, MixedBatchLayer
+from turnrow.tuners._quantized import (
+    Original,
+    Requantizer,
+    quantization_backend,
+    replace_weight,
+    restore_weight,
+    values_of,
+)
 
 __all__ = ["RoadLinear"]
 
@@ -24,16 +33,19 @@ Rotation: TypeAlias = tuple[rotation.Variant, int, Tensor, Tensor]
 
 
 class RoadLinear(MixedBatchLayer, PeftRoadLinear):
-    """A linear layer (torch.nn.Linear, or GPT-2's Conv1D) whose output features are rotated and scaled in pairs.
+    """A linear layer (torch.nn.Linear, GPT-2's Conv1D, or a quantized one) whose output features are rotated and scaled in pairs.
 
     Parameters, their layout and names are peft's. The forward is ours: where there are more tokens than input features
     the rotation is folded into the weight (`ops.rotation.rotated_linear`), otherwise it is applied to the output; for the
     backward pass only the output is kept, which its reader mostly keeps anyway.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: RoadConfig) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: RoadConfig, requantize: Requantizer | None = None
+    ) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
+        self.quantization_backend = quantization_backend(base_layer, requantize)
         self.variant: dict[str, rotation.Variant] = {}
         self.group_size: dict[str, int] = {}
         self.road_theta = nn.ParameterDict()
@@ -50,6 +62,10 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
         self._active_parameters: tuple[Rotation, ...] | None = None
         """Of the active adapters. Looked up when they change, so that to `torch.compile` two adapters of equal shape are
         the same code with other tensors."""
+        self._replaced: list[tuple[Original, Tensor | None]] = []
+        """Quantized weights, and biases, that merging has replaced."""
+        self.merge_cost: MergeCost | None = None
+        """What merging into a quantized weight has cost; None where nothing is merged, or the weight is dense."""
         self.update_layer(adapter_name, config=config)
 
     @property
@@ -126,12 +142,16 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoadLinear:
         result = super()._apply(fn, recurse)
         self._look_up_active()  # it may have put new parameters in the place of the old
+        for original, _ in self._replaced:
+            original.apply(fn)
         return result
 
     def _folded_forward(self, x: Tensor, name: str) -> Tensor | None:
         """The rotation folded into the weight; None where that is not possible or does not pay."""
         tokens = x.numel() // self.in_features
-        if tokens <= self.in_features or self.base_layer is not self._dense or not _is_plain(self._dense):
+        if tokens <= self.in_features or self.quantization_backend is not None:
+            return None
+        if self.base_layer is not self._dense or not _is_plain(self._dense):
             return None
         weight, bias = dense_weight(self._dense), self._dense.bias
         device = x.device.type
@@ -209,41 +229,77 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
         Raises:
             ValueError: `safe_merge` found values that are not finite; names the adapter.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self._available_adapters:
-                continue
-            blocks, invertible = self._blocks(name)
-            if safe_merge and not all(torch.isfinite(entry).all() for entry in blocks):
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self._available_adapters]
+        for name in names if safe_merge else ():
+            if not all(torch.isfinite(entry).all() for entry in self._blocks(name)[0]):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            weight, bias = self._base_values()
+        if self.quantization_backend is not None:
+            self._merge_quantized(names)
+            return
+        for name in names:
+            blocks, invertible = self._blocks(name)
+            weight, bias = self._weight_values(), self._bias_values()
             if not invertible:
                 self._kept_for_unmerge[name] = (weight.clone(), None if bias is None else bias.clone())
             rotation.rotate_weight_(weight, bias, blocks)
             self.merged_adapters.append(name)
 
+    def _merge_quantized(self, names: list[str]) -> None:
+        """All adapters at once: the weight is quantized anew only once."""
+        if not names:
+            return
+        values, bias = values_of(self), self._bias_values()
+        rotated_bias = None if bias is None else bias.clone()
+        for name in names:
+            rotation.rotate_weight_(values, rotated_bias, self._blocks(name)[0])
+        original, self.merge_cost = replace_weight(self, values)
+        self._replaced.append((original, None if bias is None else bias.clone()))
+        self._put_bias(rotated_bias)
+        self.merged_adapters.extend(names)
+
     def unmerge(self) -> None:
-        """Undo `merge`, last adapter first, by the closed-form inverse: exact up to rounding in the weight's dtype."""
+        """Undo `merge`, last adapter first: by the closed-form inverse, exact up to rounding in the weight's dtype.
+
+        A quantized weight is put back as it was, bit for bit.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        while self._replaced:
+            original, kept_bias = self._replaced.pop()
+            restore_weight(self, original)
+            self._put_bias(kept_bias)
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            if name not in self._available_adapters:
+            if name not in self._available_adapters or self.quantization_backend is not None:
                 continue
-            weight, bias = self._base_values()
+            weight = self._weight_values()
             if name in self._kept_for_unmerge:
                 kept_weight, kept_bias = self._kept_for_unmerge.pop(name)
                 weight.copy_(kept_weight)
-                if bias is not None and kept_bias is not None:
-                    bias.copy_(kept_bias)
+                self._put_bias(kept_bias)
             else:
-                rotation.unrotate_weight_(weight, bias, self._blocks(name)[0])
+                rotation.unrotate_weight_(weight, self._bias_values(), self._blocks(name)[0])
+        self.merge_cost = None
 
-    def _base_values(self) -> tuple[Tensor, Tensor | None]:
-        """Values of the weight as (out, in) and of the bias, to write to."""
+    def dense_values(self) -> Tensor:
+        """The weight as it is at this moment, (out, in), to read: a dense one itself, of a quantized one a float32 copy."""
+        return self._weight_values() if self.quantization_backend is None else values_of(self)
+
+    def _weight_values(self) -> Tensor:
+        """Values of the dense weight as (out, in), to read and to write."""
         refuse_sharded(self._dense)
-        bias: Tensor | None = self._dense.bias
-        return dense_weight(self._dense, values=True), None if bias is None else bias.data
+        return dense_weight(self._dense, values=True)
+
+    def _bias_values(self) -> Tensor | None:
+        """Values of the bias, to write to."""
+        bias: Tensor | None = getattr(self._dense, "bias", None)
+        return None if bias is None else bias.data
+
+    def _put_bias(self, kept: Tensor | None) -> None:
+        bias = self._bias_values()
+        if bias is not None and kept is not None:
+            bias.copy_(kept)
 
 
 def _is_plain(base: DenseLinear) -> bool:

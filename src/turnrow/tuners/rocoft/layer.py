@@ -11,6 +11,9 @@ quantized, sharded, tied or elsewhere (meta device), under `torch.compile` and u
 The weight goes live with the first forward and stays so until anything needs W0: disabling, switching, merging, deleting,
 unloading, saving or loading a state dict, moving or casting the model. Then the kept values are put back, which restores
 W0 bit for bit. They are on record before the weight is written, so an exception cannot lose them.
+
+A quantized weight never goes live. Merging quantizes W0 + delta anew, and `merge_cost` says what was lost by it; unmerging puts
+back the quantized weight that was there.
 """
 
 from __future__ import annotations
@@ -29,8 +32,17 @@ from torch.func import functional_call
 from turnrow.errors import UserError
 from turnrow.ops import columns
 from turnrow.ops.delta import adapted
+from turnrow.ops.rounding import MergeCost
 from turnrow.tuners._dense import dense_weight, refuse_sharded
 from turnrow.tuners._mixed_batch import MixedBatchLayer
+from turnrow.tuners._quantized import (
+    Original,
+    Requantizer,
+    quantization_backend,
+    replace_weight,
+    restore_weight,
+    values_of,
+)
 from turnrow.tuners.rocoft.parts import PARTS, Part
 
 __all__ = ["Active", "RocoftLayer", "trainable_dtype"]
@@ -57,9 +69,9 @@ class _Kept:
     """Original values taken out of a weight or bias, so that they can be put back."""
 
     part: str
-    """"row", "column", "entry" or "bias"."""
+    """"row", "column", "entry", "bias", or "weight" for a whole weight that is quantized."""
     index: Tensor | None
-    values: Tensor
+    values: Any
 
 
 @dataclass
@@ -92,9 +104,10 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
         "rocoft_column_settled_index",
     )
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, requantize: Requantizer | None = None) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
+        self.quantization_backend = quantization_backend(base_layer, requantize)
         self.rocoft_row = nn.ParameterDict()
         self.rocoft_column = nn.ParameterDict()
         self.rocoft_entry = nn.ParameterDict()
@@ -116,6 +129,8 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
         self._active: Active | None = None
         self._live: _Live | None = None
         self._merged: list[_Kept] = []
+        self.merge_cost: MergeCost | None = None
+        """What merging into a quantized weight has cost; None where nothing is merged, or the weight is dense."""
         self.register_load_state_dict_post_hook(_look_up_after_loading)
 
     # --- the adapter's tensors -------------------------------------------------------------------------------------
@@ -175,7 +190,7 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
         return self.get_base_layer()
 
     def _values(self) -> Tensor:
-        """The weight as (out, in), to read and to write."""
+        """The dense weight as (out, in), to read and to write."""
         refuse_sharded(self._base)
         return dense_weight(self._base, values=True)
 
@@ -281,6 +296,9 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
         self._adapters_change()
         result = super()._apply(fn, recurse)
         for kept in self._merged:
+            if isinstance(kept.values, Original):
+                kept.values.apply(fn)
+                continue
             kept.values = fn(kept.values)
             kept.index = None if kept.index is None else fn(kept.index)
         _ = self.active
@@ -308,21 +326,35 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
             ValueError: `safe_merge` found values that are not finite; names the adapter.
         """
         self.restore_base()
-        for name in check_adapters_to_merge(self, adapter_names):
-            parts = self.parts(name)
-            biases = [self._bias_part(name)] if name in self.rocoft_bias else []
-            trained = parts + biases
-            if safe_merge and not all(torch.isfinite(part.parameter).all() for part in trained):
+        trained = {
+            name: (self.parts(name), [self._bias_part(name)] if name in self.rocoft_bias else [])
+            for name in check_adapters_to_merge(self, adapter_names)
+        }
+        for name, (parts, biases) in trained.items() if safe_merge else ():
+            if not all(torch.isfinite(part.parameter).all() for part in parts + biases):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self._merge_parts(trained)
-            if trained:
-                self.merged_adapters.append(name)
+        if self.quantization_backend is not None:
+            self._merge_quantized([part for parts, _ in trained.values() for part in parts])
+        for parts, biases in trained.values():
+            self._merge_parts(biases if self.quantization_backend is not None else parts + biases)
+        self.merged_adapters.extend(name for name, (parts, biases) in trained.items() if parts or biases)
 
     def _merge_parts(self, parts: list[Part]) -> None:
         originals = [self._take_out(part) for part in parts]  # all before the first is written: rows and columns cross
         for part, kept in zip(parts, originals, strict=True):
             self._merged.append(kept)
             self._write(kept, adapted(kept.values, part.delta().detach()))
+
+    def _merge_quantized(self, parts: list[Part]) -> None:
+        """All parts of all adapters at once: the weight is quantized anew only once."""
+        if not parts:
+            return
+        with torch.no_grad():
+            values = values_of(self)
+            for part in parts:
+                part.ops.put_(values, part.index, adapted(part.ops.keep(values, part.index), part.delta()))
+            original, self.merge_cost = replace_weight(self, values)
+        self._merged.append(_Kept("weight", None, original))
 
     def unmerge(self) -> None:
         """Put back what merging replaced, last first: the base is bit-identical to what it was."""
@@ -331,9 +363,13 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
             return
         while self._merged:
             kept = self._merged[-1]
-            self._write(kept, kept.values)
+            if isinstance(kept.values, Original):
+                restore_weight(self, kept.values)
+            else:
+                self._write(kept, kept.values)
             self._merged.pop()
         self.merged_adapters.clear()
+        self.merge_cost = None
 
     # --- forward ---------------------------------------------------------------------------------------------------
 
@@ -341,6 +377,12 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
         """The base layer, its bias changed by `biases`."""
         if not biases:
             return self.base_layer(*args, **kwargs)
+        if self.quantization_backend is not None:
+            # bitsandbytes casts the bias that it is given in place, and HQQ's bias is no parameter.
+            y = self.base_layer(*args, **kwargs)
+            for part in biases:
+                y = y + part.parameter.to(y.dtype)
+            return y
         base = self._base
         bias = base.bias
         if hasattr(bias, "ds_id"):
@@ -360,7 +402,7 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
 
 def trainable_dtype(like: Tensor) -> torch.dtype:
     """At least float32: half-precision steps would be lost in the weight they are added to."""
-    return torch.promote_types(like.dtype, torch.float32)
+    return torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else torch.float32
 
 
 def _look_up_after_loading(layer: RocoftLayer, incompatible_keys: Any) -> None:

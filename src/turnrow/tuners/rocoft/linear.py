@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from turnrow.errors import UserError
 from turnrow.selection import needs_data
 from turnrow.tuners._dense import features, is_plain_tensor, is_sharded
 from turnrow.tuners._mixed_batch import MixedBatch
+from turnrow.tuners._quantized import Requantizer, values_of
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.layer import Active, RocoftLayer, trainable_dtype
 from turnrow.tuners.rocoft.mixed import StackedParts, stack_bias, stack_parts
@@ -25,10 +27,17 @@ _NOISE = 0.1
 
 
 class RocoftLinear(RocoftLayer):
-    """A linear layer (torch.nn.Linear, or GPT-2's Conv1D) of which rows, columns or entries are trained."""
+    """A linear layer (torch.nn.Linear, GPT-2's Conv1D, or a quantized one) of which rows, columns or entries are trained."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: RocoftConfig, name: str) -> None:
-        super().__init__(base_layer, adapter_name)
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: RocoftConfig,
+        name: str,
+        requantize: Requantizer | None = None,
+    ) -> None:
+        super().__init__(base_layer, adapter_name, requantize)
         self.out_features, self.in_features = features(self._base)
         self._unselected: set[str] = set()
         """Adapters whose rows, columns or entries are still to be chosen by data."""
@@ -36,7 +45,8 @@ class RocoftLinear(RocoftLayer):
 
     def update_layer(self, adapter_name: str, config: RocoftConfig, name: str) -> None:
         """Add an adapter: delta = 0 for what the config chooses in the module called `name`."""
-        weight = self._base.weight
+        # a packed weight may go by any name, and be a buffer
+        weight = next(chain(self._base.parameters(), self._base.buffers()))
         chosen = choose_indices(config, name, self.out_features, self.in_features)
         for part, index in chosen.items():
             shape = PARTS[part].shape(self.out_features, self.in_features, len(index))
@@ -98,9 +108,9 @@ class RocoftLinear(RocoftLayer):
         return index.tolist()
 
     def dense_values(self) -> Tensor:
-        """The base weight as (out, in), without any adapter that is not merged."""
+        """The base weight as (out, in), without any adapter that is not merged; of a quantized one a copy in float32."""
         self.restore_base()
-        return self._values()
+        return self._values() if self.quantization_backend is None else values_of(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in peft."""

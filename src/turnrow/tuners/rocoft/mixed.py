@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from turnrow.errors import UserError
 from turnrow.ops import batched
 from turnrow.tuners._mixed_batch import MixedBatch
+from turnrow.tuners._quantized import quantization_backend
 from turnrow.tuners.rocoft.parts import Part
 
 __all__ = ["StackedParts", "add_bias", "stack_bias", "stack_parts"]
@@ -86,7 +87,7 @@ def add_bias(y: Tensor, bias: Tensor, base: nn.Module, batch: MixedBatch) -> Ten
         UserError: `base` is of a kind that is not known to add its bias to its output.
     """
     by_sample = y.reshape(len(batch.names), batch.copies_in(y), *y.shape[1:])
-    if type(base) in _LAST:
+    if type(base) in _LAST or quantization_backend(base) is not None:
         dim = by_sample.dim() - bias.dim() + 1
     elif type(base) in _SECOND:
         dim = 2

@@ -11,8 +11,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from turnrow.errors import UserError, near_matches
-from turnrow.tuners._dense import DenseLinear, dense_linear, features
+from turnrow.tuners._dense import features
 from turnrow.tuners._mixed_batch import MixedBatchModel
+from turnrow.tuners._quantized import is_linear, requantizer
+from turnrow.tuners._quantized_model import QuantizedModelMixin
 from turnrow.tuners._targets import find_named, resolve_targets
 from turnrow.tuners.rocoft.bias import RocoftBias
 from turnrow.tuners.rocoft.config import RocoftConfig
@@ -23,7 +25,7 @@ from turnrow.tuners.rocoft.parts import choose_indices, named_modules
 __all__ = ["RocoftModel"]
 
 
-class RocoftModel(MixedBatchModel):
+class RocoftModel(MixedBatchModel, QuantizedModelMixin):
     """A model of which r rows or columns of the target weights are trained (RoCoFT).
 
     Made by `peft.get_peft_model(model, RocoftConfig(...))`.
@@ -42,7 +44,7 @@ class RocoftModel(MixedBatchModel):
 
     def _prepare_model(self, peft_config: RocoftConfig, model: nn.Module) -> None:
         targets = resolve_targets(self, peft_config, model)
-        linear = _linear_layers(targets, model)
+        _check_linear(targets, model)
         unknown = [key for key in named_modules(peft_config) if not find_named(key, targets)]
         if unknown:
             ends = {end for name in targets for end in (name, name.rpartition(".")[2])}
@@ -50,8 +52,8 @@ class RocoftModel(MixedBatchModel):
                 f"indices name modules that are not among the target modules: "
                 f"{', '.join(f'{key!r}{near_matches(key, ends)}' for key in unknown)}"
             )
-        for name, layer in linear.items():
-            choose_indices(peft_config, name, *features(layer))
+        for name, module in targets.items():
+            choose_indices(peft_config, name, *features(module))
         with_bias = {"none": (), "rocoft_only": targets.values(), "all": model.modules()}[peft_config.bias]
         if peft_config.bias != "none" and all(getattr(module, "bias", None) is None for module in with_bias):
             raise UserError(f"bias is {peft_config.bias!r}, but the model has no bias there to train; use bias='none'")
@@ -86,7 +88,7 @@ class RocoftModel(MixedBatchModel):
         if isinstance(target, RocoftLinear):
             target.update_layer(adapter_name, rocoft_config, current_key)
             return
-        layer = RocoftLinear(target, adapter_name, rocoft_config, current_key)
+        layer = RocoftLinear(target, adapter_name, rocoft_config, current_key, requantizer(self.model))
         _insert(self, layer, adapter_name, target, target_name, parent)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
@@ -106,11 +108,13 @@ class RocoftModel(MixedBatchModel):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
             return
         for layer in _layers(self.model):
-            dtype = next(layer.get_base_layer().parameters()).dtype
+            like = next(layer.get_base_layer().parameters(), None)
+            if like is None or not like.is_floating_point():
+                continue  # quantized: integers cannot be trained
             for name in layer.adapter_layer_names:
                 parameters = getattr(layer, name)
                 if adapter_name in parameters:
-                    parameters[adapter_name].data = parameters[adapter_name].data.to(dtype)
+                    parameters[adapter_name].data = parameters[adapter_name].data.to(like.dtype)
 
     # --- taking the adapter off --------------------------------------------------------------------------------------
 
@@ -152,7 +156,8 @@ def _wrap_other_biases(tuner: BaseTuner, model: nn.Module, adapter_name: str, co
             module.update_layer(adapter_name, config)
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             inside = f"{name}."
-        elif isinstance(module._parameters.get("bias"), nn.Parameter) and name:
+        # HQQ has its biases as plain attributes; a buffer called bias is something else, such as GPT-2's mask
+        elif isinstance(module._parameters.get("bias", vars(module).get("bias")), torch.Tensor) and name:
             parent = model.get_submodule(name.rpartition(".")[0])
             layer = RocoftBias(module, adapter_name, config)
             _insert(tuner, layer, adapter_name, module, name.rpartition(".")[2], parent)
@@ -172,18 +177,14 @@ def _layers(model: nn.Module) -> list[RocoftLayer]:
     return [module for module in model.modules() if isinstance(module, RocoftLayer)]
 
 
-def _linear_layers(targets: dict[str, nn.Module], model: nn.Module) -> dict[str, DenseLinear]:
-    """The linear layer of every target.
-
-    Raises:
-        UserError: a target is none, or nothing would ever call it.
-    """
-    linear = {name: layer for name, module in targets.items() if (layer := dense_linear(module)) is not None}
-    wrong = [name for name in targets if name not in linear]
+def _check_linear(targets: dict[str, nn.Module], model: nn.Module) -> None:
+    """Refuse targets that are no linear layers, or that nothing would ever call (UserError)."""
+    wrong = [name for name, module in targets.items() if not is_linear(module)]
     if wrong:
         raise UserError(
             f"target module {wrong[0]!r} is a {type(targets[wrong[0]]).__name__}; RoCoFT trains linear layers with a dense "
-            f"floating-point weight (torch.nn.Linear, Conv1D). {len(wrong)} of {len(targets)} targets are of another kind"
+            "floating-point weight (torch.nn.Linear, Conv1D) or one quantized by a package that peft knows (bitsandbytes, "
+            f"torchao, HQQ and others). {len(wrong)} of {len(targets)} targets are of another kind"
         )
     for name in targets:
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -192,7 +193,6 @@ def _linear_layers(targets: dict[str, nn.Module], model: nn.Module) -> dict[str,
                 f"target module {name!r} belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls "
                 "it: an adapter there would do nothing. Leave it out of target_modules"
             )
-    return linear
 
 
 def _mark_shared_weights(model: nn.Module) -> None:
