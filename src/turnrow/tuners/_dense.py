@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["dense_linear", "dense_weight", "features", "is_plain_tensor"]
+__all__ = ["dense_linear", "dense_weight", "features", "is_plain_tensor", "may_change_in_place"]
 
 DenseLinear = nn.Linear | Conv1D
 
@@ -41,3 +42,16 @@ def dense_weight(layer: DenseLinear, *, values: bool = False) -> Tensor:
 def is_plain_tensor(weight: Tensor) -> bool:
     """Whether the values of `weight` are all here: no sharded or quantized subclass, nothing on the meta device."""
     return type(weight) in (Tensor, nn.Parameter) and weight.device.type != "meta"
+
+
+def may_change_in_place(weight: Tensor, *, dimensions: int) -> bool:
+    """Whether a base weight may hold an adapter's change itself: a dense frozen one, outside `torch.func` and `torch.compile`."""
+    return (
+        not torch.compiler.is_compiling()
+        and is_plain_tensor(weight)
+        and weight.is_floating_point()
+        and weight.dim() == dimensions  # FSDP flattens what it shards
+        and not weight.requires_grad  # a weight that is trained itself must keep its own gradient
+        and not weight.is_inference()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )

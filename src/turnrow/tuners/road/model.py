@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from turnrow.errors import UserError
 from turnrow.tuners._dense import dense_linear, features
+from turnrow.tuners._experts import warn_of_untargeted_experts
 from turnrow.tuners._targets import resolve_targets
 from turnrow.tuners.road.layer import RoadLinear
 
@@ -24,6 +25,8 @@ class RoadModel(PeftRoadModel):
     """
 
     def _prepare_model(self, peft_config: RoadConfig, model: nn.Module) -> None:
+        if not peft_config.inference_mode:
+            warn_of_untargeted_experts(model, "RoAd turns the outputs of linear layers alone; RoCoFT trains experts")
         for name, module in resolve_targets(self, peft_config, model).items():
             out_features = _output_features(module)
             if out_features is None:

@@ -16,8 +16,9 @@ W0 bit for bit. They are on record before the weight is written, so an exception
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,12 +27,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from turnrow.ops import columns
 from turnrow.ops.delta import adapted
 from turnrow.tuners._dense import dense_weight
+from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.parts import PARTS, Part
 
 __all__ = ["Active", "RocoftLayer", "trainable_dtype"]
+
+_NOISE = 0.1
+"""Standard deviation of the random differences that `init_weights=False` starts from."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,10 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
 
     adapter_layer_names: tuple[str, ...] = ("rocoft_row", "rocoft_column", "rocoft_entry", "rocoft_bias")
     other_param_names: tuple[str, ...] = ("rocoft_row_index", "rocoft_column_index", "rocoft_entry_index")
+    equations: Mapping[str, ModuleType] = PARTS
+    """Of each part, for the kind of weight that the layer has."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+    def __init__(self, base_layer: Any, adapter_name: str) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
         self.rocoft_row = nn.ParameterDict()
@@ -94,6 +100,28 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
 
     # --- the adapter's tensors -------------------------------------------------------------------------------------
 
+    def _add_part(
+        self, adapter_name: str, config: RocoftConfig, part: str, shape: tuple[int, ...], index: Tensor
+    ) -> None:
+        """Give an adapter a difference of zero to what `index` chooses of the weight."""
+        weight = self._base.weight
+        delta = torch.zeros(shape, dtype=trainable_dtype(weight), device=weight.device)
+        if not config.init_weights:
+            nn.init.normal_(delta, std=_NOISE)
+        getattr(self, f"rocoft_{part}")[adapter_name] = nn.Parameter(delta)
+        getattr(self, f"rocoft_{part}_index")[adapter_name] = index.to(weight.device)
+
+    def set_index(self, adapter_name: str, part: str, index: Tensor) -> None:
+        """Choose other rows, columns or entries for an adapter whose difference is still zero.
+
+        Args:
+            adapter_name: of an adapter that this layer has.
+            part: "row", "column" or "entry".
+            index: as many as before, int64, for each expert where the weight has several; entries ascending.
+        """
+        self._adapters_change()
+        getattr(self, f"rocoft_{part}_index")[adapter_name].copy_(index)
+
     def _add_bias(self, adapter_name: str) -> None:
         bias = getattr(self._base, "bias", None)
         if bias is not None:
@@ -114,9 +142,9 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
             rest = None
             if name == "column" and adapter_name in self.rocoft_row:
                 with torch.inference_mode(False):  # looked up once, in whatever mode: training needs it too
-                    rest = columns.others(self.rocoft_row_index[adapter_name], self.out_features)
+                    rest = self.equations["column"].others(self.rocoft_row_index[adapter_name], self.out_features)
             holder = getattr(self, f"rocoft_{name}")
-            found.append(Part(name, parameter, index, rest, self.out_features, holder, adapter_name))
+            found.append(Part(name, parameter, index, rest, self.out_features, holder, adapter_name, self.equations))
         # The crossing of rows and columns belongs to the rows, so they are written last.
         return sorted(found, key=lambda part: part.name == "row")
 
@@ -175,7 +203,7 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
             if kept.part == "bias":
                 self._base.bias.data.copy_(values)
             else:
-                PARTS[kept.part].put_(self._values(), kept.index, values)
+                self.equations[kept.part].put_(self._values(), kept.index, values)
 
     # --- whatever needs W0 restores it first -----------------------------------------------------------------------
 

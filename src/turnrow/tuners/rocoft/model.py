@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from turnrow.errors import UserError, near_matches
 from turnrow.tuners._dense import DenseLinear, dense_linear, features
-from turnrow.tuners._targets import find_named, resolve_targets
+from turnrow.tuners._experts import resolve_experts
+from turnrow.tuners._targets import covers_all_layers, resolve_targets
+from turnrow.tuners._walk import find_experts, find_named
 from turnrow.tuners.rocoft.bias import RocoftBias
 from turnrow.tuners.rocoft.config import RocoftConfig
+from turnrow.tuners.rocoft.experts import RocoftExperts
 from turnrow.tuners.rocoft.layer import RocoftLayer
 from turnrow.tuners.rocoft.linear import RocoftLinear
-from turnrow.tuners.rocoft.parts import choose_indices, named_modules
+from turnrow.tuners.rocoft.parts import choose_expert_indices, choose_indices, named_modules
 
 __all__ = ["RocoftModel"]
 
@@ -42,19 +47,31 @@ class RocoftModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: RocoftConfig, model: nn.Module) -> None:
+        all_layers = covers_all_layers(peft_config)
         targets = resolve_targets(self, peft_config, model)
+        experts = resolve_experts(self, peft_config, model, all_layers=all_layers)
+        _check_experts_are_free(experts, model)
         linear = _linear_layers(targets, model)
-        unknown = [key for key in named_modules(peft_config) if not find_named(key, targets)]
+        names = [*targets, *experts]
+        unknown = [key for key in named_modules(peft_config) if not find_named(key, names)]
         if unknown:
-            ends = {end for name in targets for end in (name, name.rpartition(".")[2])}
+            ends = {end for name in names for end in (name, name.rpartition(".")[2])}
             raise UserError(
                 f"indices name modules that are not among the target modules: "
                 f"{', '.join(f'{key!r}{near_matches(key, ends)}' for key in unknown)}"
             )
         for name, layer in linear.items():
             choose_indices(peft_config, name, *features(layer))
-        with_bias = {"none": (), "rocoft_only": targets.values(), "all": model.modules()}[peft_config.bias]
-        if peft_config.bias != "none" and all(getattr(module, "bias", None) is None for module in with_bias):
+        for name, weight in experts.items():
+            choose_expert_indices(peft_config, name, weight.shape)
+        with_bias: dict[str, Iterable[Any]] = {
+            "none": (),
+            "rocoft_only": [*targets.values(), *experts.values()],
+            "all": [*model.modules(), *experts.values()],
+        }
+        if peft_config.bias != "none" and all(
+            getattr(module, "bias", None) is None for module in with_bias[peft_config.bias]
+        ):
             raise UserError(f"bias is {peft_config.bias!r}, but the model has no bias there to train; use bias='none'")
 
     def _check_new_adapter_config(self, config: RocoftConfig) -> None:
@@ -64,7 +81,11 @@ class RocoftModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in peft; with `bias="all"` the other modules that have a bias get a layer too."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with warnings.catch_warnings():
+            # peft looks for the names in rank_pattern among modules alone
+            if self._names_ranks_of_experts(adapter_name, model):
+                warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
         if config.bias == "all":
             self._wrap_other_biases(model, adapter_name, config)
@@ -85,6 +106,32 @@ class RocoftModel(BaseTuner):
         self._insert(
             RocoftLinear(target, adapter_name, rocoft_config, current_key), adapter_name, target, target_name, parent
         )
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Called by peft where the config has `target_parameters`: put layers beside the modules with fused experts."""
+        experts = resolve_experts(self, peft_config, model, all_layers=False)
+        for name, weight in experts.items():
+            module_name = name.rpartition(".")[0]
+            holder = model.get_submodule(module_name)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                if not isinstance(holder, RocoftExperts):
+                    target, holder = holder, RocoftExperts(holder)
+                    holder.add(weight, adapter_name, peft_config, name)
+                    parent, _, child = module_name.rpartition(".")
+                    self._insert(holder, adapter_name, target, child, model.get_submodule(parent))
+                else:
+                    layer = holder.add(weight, adapter_name, peft_config, name)
+                    layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        # peft 0.21 keeps the names that are returned, peft 0.20 expects them to be kept here.
+        self.targeted_parameter_names += [name for name in experts if name not in self.targeted_parameter_names]
+        return list(experts)
+
+    def _names_ranks_of_experts(self, adapter_name: str, model: nn.Module) -> bool:
+        config: Any = self.peft_config[adapter_name]
+        patterns = list(config.rank_pattern or {})
+        return any(get_pattern_key(patterns, name) in patterns for name in find_experts(model))
 
     def _wrap_other_biases(self, model: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
         """Train the biases of the modules that are no targets."""
@@ -163,6 +210,16 @@ class RocoftModel(BaseTuner):
                 "adapter_names does not work with RoCoFT: activate one adapter by set_adapter(), or merge it"
             )
         yield
+
+
+def _check_experts_are_free(experts: Iterable[str], model: nn.Module) -> None:
+    for name in experts:
+        holder: Any = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(holder, BaseTunerLayer) and not isinstance(holder, RocoftExperts):
+            raise UserError(
+                f"the experts of {name!r} have an adapter of another method, a {type(holder).__name__}; RoCoFT cannot train them "
+                "beside it: leave them out of one of the two (target_parameters)"
+            )
 
 
 def _layers(model: nn.Module) -> list[RocoftLayer]:
