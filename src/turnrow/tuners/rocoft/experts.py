@@ -16,7 +16,7 @@ from turnrow.tuners._dense import may_change_in_place
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.layer import RocoftLayer
 from turnrow.tuners.rocoft.live_weight import live_weight
-from turnrow.tuners.rocoft.parts import EXPERT_PARTS, choose_expert_indices, shape_of_part
+from turnrow.tuners.rocoft.parts import choose_expert_indices, shape_of_part
 
 __all__ = ["RocoftExpertWeight", "RocoftExperts"]
 
@@ -28,7 +28,7 @@ class RocoftExpertWeight(RocoftLayer):
     so that the tensors in the file of an adapter are named as the weight is: ``...experts.down_proj.rocoft_row``.
     """
 
-    equations = EXPERT_PARTS
+    of_experts = True
 
     def __init__(self, weight: FusedWeight, adapter_name: str, config: RocoftConfig, name: str) -> None:
         super().__init__(weight, adapter_name)

@@ -30,7 +30,7 @@ from torch.func import functional_call
 from turnrow.ops.delta import adapted
 from turnrow.tuners._dense import dense_weight
 from turnrow.tuners.rocoft.config import RocoftConfig
-from turnrow.tuners.rocoft.parts import PARTS, Part
+from turnrow.tuners.rocoft.parts import EXPERT_PARTS, PARTS, Part
 
 __all__ = ["Active", "RocoftLayer", "trainable_dtype"]
 
@@ -75,8 +75,8 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
 
     adapter_layer_names: tuple[str, ...] = ("rocoft_row", "rocoft_column", "rocoft_entry", "rocoft_bias")
     other_param_names: tuple[str, ...] = ("rocoft_row_index", "rocoft_column_index", "rocoft_entry_index")
-    equations: Mapping[str, ModuleType] = PARTS
-    """Of each part, for the kind of weight that the layer has."""
+    of_experts: bool = False
+    """Whether the weight is a fused one, (E, out, in)."""
 
     def __init__(self, base_layer: Any, adapter_name: str) -> None:
         nn.Module.__init__(self)
@@ -122,6 +122,14 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
         self._adapters_change()
         getattr(self, f"rocoft_{part}_index")[adapter_name].copy_(index)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As in peft, but it casts to the dtype of the base as well, in peft 0.20 even the indices."""
+        device = device or next(self._base.parameters()).device
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            tensors = getattr(self, name)
+            if adapter_name in tensors and not tensors[adapter_name].is_meta:
+                tensors[adapter_name] = tensors[adapter_name].to(device)
+
     def _add_bias(self, adapter_name: str) -> None:
         bias = getattr(self._base, "bias", None)
         if bias is not None:
@@ -142,11 +150,15 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
             rest = None
             if name == "column" and adapter_name in self.rocoft_row:
                 with torch.inference_mode(False):  # looked up once, in whatever mode: training needs it too
-                    rest = self.equations["column"].others(self.rocoft_row_index[adapter_name], self.out_features)
+                    rest = self._equations["column"].others(self.rocoft_row_index[adapter_name], self.out_features)
             holder = getattr(self, f"rocoft_{name}")
-            found.append(Part(name, parameter, index, rest, self.out_features, holder, adapter_name, self.equations))
+            found.append(Part(name, parameter, index, rest, self.out_features, holder, adapter_name, self.of_experts))
         # The crossing of rows and columns belongs to the rows, so they are written last.
         return sorted(found, key=lambda part: part.name == "row")
+
+    @property
+    def _equations(self) -> Mapping[str, ModuleType]:
+        return EXPERT_PARTS if self.of_experts else PARTS
 
     @property
     def active(self) -> Active:
@@ -203,7 +215,7 @@ class RocoftLayer(BaseTunerLayer, nn.Module):
             if kept.part == "bias":
                 self._base.bias.data.copy_(values)
             else:
-                self.equations[kept.part].put_(self._values(), kept.index, values)
+                self._equations[kept.part].put_(self._values(), kept.index, values)
 
     # --- whatever needs W0 restores it first -----------------------------------------------------------------------
 

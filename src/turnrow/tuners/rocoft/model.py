@@ -15,6 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from turnrow.errors import UserError, near_matches
+from turnrow.ops.experts import fused_weights
 from turnrow.tuners._dense import DenseLinear, dense_linear, features
 from turnrow.tuners._experts import resolve_experts
 from turnrow.tuners._targets import covers_all_layers, resolve_targets
@@ -81,12 +82,15 @@ class RocoftModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in peft; with `bias="all"` the other modules that have a bias get a layer too."""
-        with warnings.catch_warnings():
-            # peft looks for the names in rank_pattern among modules alone
-            if self._names_ranks_of_experts(adapter_name, model):
-                warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
+        with warnings.catch_warnings():
+            # peft looks for these names among modules alone, not among fused weights
+            experts = list(find_experts(model))
+            if _match_any(config.rank_pattern, experts):
+                warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+            if _match_any(config.exclude_modules, experts):
+                warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.bias == "all":
             self._wrap_other_biases(model, adapter_name, config)
         _mark_shared_weights(model)
@@ -128,11 +132,6 @@ class RocoftModel(BaseTuner):
         self.targeted_parameter_names += [name for name in experts if name not in self.targeted_parameter_names]
         return list(experts)
 
-    def _names_ranks_of_experts(self, adapter_name: str, model: nn.Module) -> bool:
-        config: Any = self.peft_config[adapter_name]
-        patterns = list(config.rank_pattern or {})
-        return any(get_pattern_key(patterns, name) in patterns for name in find_experts(model))
-
     def _wrap_other_biases(self, model: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
         """Train the biases of the modules that are no targets."""
         inside = None
@@ -158,6 +157,12 @@ class RocoftModel(BaseTuner):
             layer.requires_grad_(False)  # an additional adapter is not trained until it is activated
         layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, RocoftExperts):
+            setattr(parent, child_name, new_module)  # peft would look for the weight of a linear layer
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         ours = {
@@ -212,6 +217,12 @@ class RocoftModel(BaseTuner):
         yield
 
 
+def _match_any(patterns: Iterable[str] | str | None, names: list[str]) -> bool:
+    """Whether any of the names or regular expressions is for one of `names`, as peft matches them."""
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    return any(get_pattern_key(patterns, name) in patterns for name in names)
+
+
 def _check_experts_are_free(experts: Iterable[str], model: nn.Module) -> None:
     for name in experts:
         holder: Any = model.get_submodule(name.rpartition(".")[0])
@@ -235,6 +246,12 @@ def _linear_layers(targets: dict[str, nn.Module], model: nn.Module) -> dict[str,
     linear = {name: layer for name, module in targets.items() if (layer := dense_linear(module)) is not None}
     wrong = [name for name in targets if name not in linear]
     if wrong:
+        fused = [f"{wrong[0].rpartition('.')[2]}.{weight}" for weight in fused_weights(targets[wrong[0]])]
+        if fused:
+            raise UserError(
+                f"target module {wrong[0]!r} is a {type(targets[wrong[0]]).__name__}; its fused weights are named one by one, in "
+                f"target_parameters={fused}"
+            )
         raise UserError(
             f"target module {wrong[0]!r} is a {type(targets[wrong[0]]).__name__}; RoCoFT trains linear layers with a dense "
             f"floating-point weight (torch.nn.Linear, Conv1D). {len(wrong)} of {len(targets)} targets are of another kind"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -61,8 +61,8 @@ class Part:
     """Where the layer holds the parameter, under `adapter`."""
     adapter: str = ""
 
-    equations: Mapping[str, ModuleType] = field(default_factory=lambda: PARTS)
-    """`PARTS`, or `EXPERT_PARTS` for a fused weight."""
+    of_experts: bool = False
+    """Of a fused weight, for every expert in it."""
 
     def is_current(self) -> bool:
         """Whether the layer still holds this very parameter; sharding, for example, puts another in its place."""
@@ -71,7 +71,7 @@ class Part:
     @property
     def ops(self) -> ModuleType:
         """The equations of this part, such as ``keep`` and ``put_``."""
-        return self.equations[self.name]
+        return (EXPERT_PARTS if self.of_experts else PARTS)[self.name]
 
     def delta(self) -> Tensor:
         """The difference in the shape that the equations take, differentiable in the parameter."""
