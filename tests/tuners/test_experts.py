@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, RoadConfig, get_peft_model
 from torch import nn
 
-from tests.tuners.models import MIXTURES, build, identical, output, perturb, snapshot
+from tests.tuners.models import MIXTURES, OTHER_MIXTURES, build, identical, output, perturb, snapshot
 from tests.tuners.test_training_features import _LargestTensor
 from turnrow import RocoftConfig
 from turnrow.ops.experts import FusedWeight
@@ -29,7 +29,8 @@ every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS
 
 def _base(architecture="mixtral", implementation="grouped_mm", **to):
     model, inputs = build(architecture, **to)
-    model.set_experts_implementation(implementation)
+    if implementation is not None:
+        model.set_experts_implementation(implementation)
     return model, inputs
 
 
@@ -233,22 +234,24 @@ def test_overlay_agrees_with_live(mode, implementation):
 
 
 @every_mode
-@every_implementation
-@every_mixture
+@pytest.mark.parametrize(
+    ("architecture", "implementation"),
+    [(a, i) for a in MIXTURES for i in IMPLEMENTATIONS] + [(a, None) for a in OTHER_MIXTURES],
+)
 def test_gradients_are_those_of_the_whole_weights_at_the_trained_places(architecture, implementation, mode):
     # torch has no grouped product of float64
     dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
     model, inputs = _adapted(mode, architecture, implementation, dtype=dtype)
     got = _gradients(model, inputs)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, RocoftExpertWeight)}
-    assert len(layers) == 4
+    assert len(layers) == (8 if architecture == "jetmoe" else 4)
     reference = copy.deepcopy(model).merge_and_unload().requires_grad_(True)
     reference(**inputs).loss.backward()
     for name, layer in layers.items():
         holder, _, weight = name.removeprefix("base_model.model.").rpartition(".")
         plain = reference.get_submodule(holder)
         d_weight = getattr(plain, weight).grad
-        d_weight = d_weight.transpose(1, 2) if plain.is_transposed else d_weight
+        d_weight = d_weight.transpose(1, 2) if layer.base_layer.transposed else d_weight
         for part in layer.parts("default"):
             expected = part.ops.keep(d_weight, part.index)
             if part.rest is not None:

@@ -67,9 +67,13 @@ def covers_all_layers(config: Any) -> bool:
 
 
 def _is_gate_beside_experts(name: str, model: nn.Module) -> bool:
-    """Whether a linear layer is the gate of a shared expert: one output feature. Gates and routers are left as they are."""
+    """Whether a linear layer is no matrix to adapt, but the gate of a shared expert, with one output feature, or a router.
+
+    A router that is a subclass of torch.nn.Linear returns more than a product (Llama 4).
+    """
     layer = dense_linear(model.get_submodule(name))
-    if layer is None or 1 not in layer.weight.shape:
+    is_router = isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward
+    if layer is None or not (is_router or 1 in layer.weight.shape):
         return False
     beside = model.get_submodule(name.rpartition(".")[0]).children()
     return any(fused_weights(m.get_base_layer() if isinstance(m, BaseTunerLayer) else m) for m in beside)
