@@ -144,6 +144,7 @@ def test_experts_of_mixtral_8x7b_from_its_configuration(r):
     rows, columns, crossing = (
         32 * 8 * r * sum(sizes) for sizes in ((gate_up[1], down[1]), (gate_up[0], down[0]), (r, r))
     )
+    assert (rows, columns) == (4_718_592 * r, 8_388_608 * r)
     for mode, expected in (("row", rows), ("column", columns), ("row+column", rows + columns - crossing)):
         model = get_peft_model(
             _mixture("MixtralConfig", "MixtralForCausalLM", hidden_size=4096, intermediate_size=14336),
