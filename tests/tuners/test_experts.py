@@ -10,11 +10,14 @@ import torch
 from peft import PeftModel, RoadConfig, get_peft_model
 from torch import nn
 
+import turnrow
 from tests.tuners.models import MIXTURES, OTHER_MIXTURES, build, identical, output, perturb, snapshot
 from tests.tuners.test_training_features import _LargestTensor
 from turnrow import RocoftConfig
+from turnrow.errors import UserError
 from turnrow.ops.experts import FusedWeight
 from turnrow.tuners.rocoft import RocoftExperts, RocoftExpertWeight
+from turnrow.tuners.rocoft.reselection import reselect
 
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
 MODES = {
@@ -629,3 +632,81 @@ def test_the_experts_still_show_what_models_read_of_them():
     assert isinstance(experts.down_proj.base_layer, FusedWeight)
     with pytest.raises(AttributeError, match="nothing"):
         experts.nothing  # noqa: B018
+
+
+# --- beside what linear layers can do ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interlude", ["reference pass", "other adapter", "merge and unmerge", "state_dict"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("mode", ["row", "column"])
+def test_what_happens_between_forward_and_backward_changes_no_gradient(mode, implementation, interlude):
+    model, inputs = _adapted(mode, implementation=implementation)
+    model.add_adapter("other", RocoftConfig(mode="row+column", r=2))
+    perturb(model)
+    base = snapshot(model)
+    undisturbed = _gradients(model, inputs)
+    model.zero_grad()
+    loss = model(**inputs).loss
+    if interlude == "reference pass":
+        with torch.no_grad(), model.disable_adapter():
+            model(**inputs)
+    elif interlude == "other adapter":
+        model.set_adapter("other")
+        model(**inputs)
+        model.set_adapter("default")
+    elif interlude == "merge and unmerge":
+        model.merge_adapter()
+        model.unmerge_adapter()
+    else:
+        model.state_dict()
+    loss.backward()
+    disturbed = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    _close(disturbed, undisturbed, rtol=1e-4, atol=1e-6)
+    with model.disable_adapter():
+        assert identical(snapshot(model), base)
+
+
+@pytest.mark.parametrize("selection", ["last", "uniform", "random"])
+def test_experts_are_selected_without_data(selection):
+    model, _ = _base()
+    model = get_peft_model(model, RocoftConfig(r=2, selection=selection))
+    for layer in (m for m in model.modules() if isinstance(m, RocoftExpertWeight)):
+        rows = layer.rocoft_row_index["default"]
+        assert rows.unique().tolist() != [0, 1]
+        if selection == "last":
+            assert rows.tolist() == [[layer.out_features - 2, layer.out_features - 1]] * len(rows)
+
+
+@pytest.mark.parametrize("selection", ["wanda_max", "gradient"])
+def test_selection_by_data_is_refused_for_experts_and_works_beside_them(selection):
+    model, inputs = _base()
+    with pytest.raises(UserError, match=f"selection '{selection}' looks at data.*'model.layers.0.mlp.experts"):
+        get_peft_model(model, RocoftConfig(selection=selection))
+    model = get_peft_model(model, RocoftConfig(selection=selection, target_parameters=[]))
+    turnrow.select(model, [inputs])
+    model(**inputs).loss.backward()
+
+
+def test_reselection_and_batches_of_several_adapters_and_mixed_models_are_refused():
+    model, inputs = _adapted()
+    with pytest.raises(UserError, match="reselection is for linear layers, not for fused experts"):
+        reselect(model, None, strategy="cycle")
+    with pytest.raises(UserError, match="adapter_names cannot be used with an adapter on .*experts"):
+        model(**inputs, adapter_names=["default"] * len(inputs["input_ids"]))
+    with pytest.raises(UserError, match="a mixed model cannot train fused experts"):
+        get_peft_model(_base()[0], RocoftConfig(), mixed=True)
+
+
+def test_sharded_experts_are_not_changed_in_place():
+    model, inputs = _adapted()
+    expected = output(model, inputs)
+    model.state_dict()
+    base = {name: value for name, value in snapshot(model).items() if "experts" in name}
+    for module in model.modules():
+        if isinstance(module, RocoftExperts):
+            module.base_layer._is_fsdp_managed_module = True
+    torch.testing.assert_close(output(model, inputs), expected)
+    assert identical({name: value for name, value in snapshot(model).items() if name in base}, base)
+    with pytest.raises(UserError, match="the base weights are sharded"):
+        model.merge_adapter()
