@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 from peft import RoadConfig, get_peft_model
+from peft.tuners.road.model import RoadModel as PeftRoadModel
 from torch import nn
 from transformers import GenerationConfig, OPTConfig, OPTForCausalLM
 
@@ -14,6 +15,7 @@ from tests.tuners.mixed import BASE, alone, batch_of, mixed, several, with_adapt
 from tests.tuners.models import ROAD, ROCOFT, build, configure, has_biases, perturb
 from turnrow import RocoftConfig
 from turnrow.errors import UserError
+from turnrow.tuners.road import RoadModel
 
 FAMILIES = pytest.mark.parametrize("family", [ROCOFT, ROAD], ids=["rocoft", "road"])
 ARCHITECTURES = pytest.mark.parametrize("architecture", ["roberta", "llama", "gpt2", "falcon", "t5", "bart", "vit"])
@@ -240,8 +242,8 @@ def test_every_sample_goes_through_the_head_of_its_own_adapter(architecture):
 
 
 def test_layers_of_pefts_own_get_a_name_for_every_row(monkeypatch):
-    """As over a quantized base."""
-    monkeypatch.setattr("turnrow.tuners.road.model.dense_linear", lambda module: None)
+    """As where a weight is of a kind that our layer does not know."""
+    monkeypatch.setattr(RoadModel, "_create_new_module", staticmethod(PeftRoadModel._create_new_module))
     model = get_peft_model(build("t5")[0], RoadConfig(group_size=4, target_modules=["q", "v"]), adapter_name="first")
     model.add_adapter("second", RoadConfig(variant="road_2", group_size=8, target_modules=["q", "v"]))
     monkeypatch.undo()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from turnrow.adapters.adapter_file import AdapterFile
-from turnrow.adapters.fingerprint import fingerprint, weight_shape
+from turnrow.adapters.fingerprint import fingerprint, named_weights, weight_shape
 from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
 from turnrow.adapters.rocoft_checks import BIAS, check_rocoft, describe
 from turnrow.errors import UserError, near_matches
@@ -69,7 +69,7 @@ def check_against_model(adapter: AdapterFile, model: torch.nn.Module) -> None:
     """
     if adapter.method not in ("ROCOFT", "ROAD"):
         return
-    named = dict(model.named_modules())
+    named = named_weights(model)
     for module, tensors in adapter.modules.items():
         if module not in named:
             hint = near_matches(module, named)
@@ -92,7 +92,7 @@ def check_base(adapter: AdapterFile, model: torch.nn.Module) -> None:
     Raises:
         UserError: names the first module that is missing or differs beyond rounding.
     """
-    named = dict(model.named_modules())
+    named = named_weights(model)
     for module, expected in adapter.base_prints.items():
         found = fingerprint(named[module], adapter.modules.get(module, {})) if module in named else None
         difference = "it is missing here" if found is None else expected.difference(found)
@@ -108,7 +108,7 @@ def _another_base(adapter: AdapterFile) -> str:
     return f"the adapter in {adapter.path} belongs to another base{name}"
 
 
-def _check_bias(where: str, change: Tensor, module: torch.nn.Module) -> None:
+def _check_bias(where: str, change: Tensor, module: Any) -> None:
     bias = getattr(module, "bias", None)
     if not isinstance(bias, Tensor) or bias.shape != change.shape:
         held = describe(bias) if isinstance(bias, Tensor) else "no bias"

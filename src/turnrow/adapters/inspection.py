@@ -24,10 +24,11 @@ class ModuleSummary:
     name: str
 
     shape: list[int] | None
-    """(out, in) of the base weight; None without ``turnrow.json``."""
+    """(out, in) of the base weight, (E, out, in) of fused experts; None without ``turnrow.json``."""
 
-    indices: dict[str, list[int]] | None
-    """The rows, columns or entries (row * in + column) that are changed, by part (RoCoFT); None for other methods."""
+    indices: dict[str, list[Any]] | None
+    """The rows, columns or entries (row * in + column) that are changed, by part (RoCoFT), a list for each expert where the weight has
+    several; None for other methods."""
 
     parameters: int
     """Number of trained values."""

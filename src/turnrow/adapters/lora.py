@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.adapters.checks import check_against_model, check_finite
+from turnrow.adapters.expert_lora import expert_loras
 from turnrow.adapters.fingerprint import weight_shape
 from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
 from turnrow.adapters.reading import read_adapter
@@ -41,8 +42,9 @@ def export_lora(
     Args:
         path: the adapter's folder.
         out: a new or empty folder.
-        base: the base model, which may be on the meta device; needed only when the adapter has no ``turnrow.json``,
-            because a change of rows alone does not say how many rows the weight has.
+        base: the base model, which may be on the meta device; needed when the adapter has no ``turnrow.json``, because a
+            change of rows alone does not say how many rows the weight has, and when it trains fused experts, see
+            `turnrow.adapters.expert_lora`.
 
     Returns:
         The folder `out`.
@@ -57,12 +59,18 @@ def export_lora(
     if base is not None:
         check_against_model(adapter, base)
     tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in adapter.saved_modules.items()}
+    experts = expert_loras(adapter, base)
     factors = _factors(adapter, base)
     for module, (a, b) in factors.items():
         tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = a.contiguous()
         tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = b.contiguous()
+    for lora in experts.values():
+        tensors[f"{KEY_PREFIX}{lora.place}.lora_A.weight"] = lora.a
+        tensors[f"{KEY_PREFIX}{lora.place}.lora_B.weight"] = lora.b
+    ranks = {module: len(a) for module, (a, _) in factors.items()}
+    config = _lora_config(adapter, ranks, {name: lora.rank for name, lora in experts.items()})
     with new_folder(out) as folder:
-        _lora_config(adapter, {module: len(a) for module, (a, _) in factors.items()}).save_pretrained(str(folder))
+        config.save_pretrained(str(folder))
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     return Path(out)
 
@@ -97,7 +105,11 @@ def _check_exportable(adapter: AdapterFile) -> None:
 
 
 def _factors(adapter: AdapterFile, base: torch.nn.Module | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    return {module: _factors_of(tensors, *_shape(adapter, module, base)) for module, tensors in adapter.modules.items()}
+    return {
+        module: _factors_of(tensors, *_shape(adapter, module, base))
+        for module, tensors in adapter.modules.items()
+        if module not in adapter.fused_weights
+    }
 
 
 def _factors_of(
@@ -127,11 +139,11 @@ def _shape(adapter: AdapterFile, module: str, base: torch.nn.Module | None) -> t
     return shape
 
 
-def _lora_config(adapter: AdapterFile, ranks: dict[str, int]) -> LoraConfig:
-    r = max(ranks.values())
-    lower = {module: rank for module, rank in ranks.items() if rank != r}
+def _lora_config(adapter: AdapterFile, ranks: dict[str, int], ranks_of_experts: dict[str, int]) -> LoraConfig:
+    r = max([*ranks.values(), *ranks_of_experts.values()])
+    lower = {name: rank for name, rank in (ranks | ranks_of_experts).items() if rank != r}
     saved = sorted({part for name in adapter.saved_modules for part in name.split(".") if part in _ALLOWED_SAVED})
-    prints = adapter.base_prints.values()
+    prints = [adapter.base_prints[module] for module in ranks if module in adapter.base_prints]
     config = LoraConfig(
         task_type=adapter.config.get("task_type"),
         auto_mapping=adapter.config.get("auto_mapping"),
@@ -143,6 +155,7 @@ def _lora_config(adapter: AdapterFile, ranks: dict[str, int]) -> LoraConfig:
         rank_pattern=lower,
         alpha_pattern=dict(lower),
         modules_to_save=saved or None,
+        target_parameters=list(ranks_of_experts) or None,
         fan_in_fan_out=bool(prints) and all(print_.transposed for print_ in prints),
     )
     config.target_modules = sorted(ranks)  # peft makes a set of it, whose order in the file would be another every time

@@ -96,8 +96,8 @@ def _merge_layers(model: PeftModel) -> tuple[dict[str, tuple[float, float]], dic
     """Merge layer by layer, so that only one weight at a time is held twice to measure its change."""
     changes, costs, unread = {}, {}, []
     for name, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
+        if not isinstance(layer, BaseTunerLayer) or not layer.adapter_layer_names:
+            continue  # a module with fused experts leaves it to the layers of its weights
         # nothing has run through the model since the adapter was loaded, so even a RoCoFT layer still holds W0
         before = _values(layer)
         layer.merge()

@@ -50,7 +50,7 @@ def check_rocoft(
         module: its name.
         tensors: what the adapter holds for it, by parameter name.
         config: ``adapter_config.json``.
-        shape: (out, in) of the weight, where it is known.
+        shape: (out, in) of the weight, or (E, out, in) of fused experts, where it is known.
 
     Raises:
         UserError: names the tensor, what it is and what is needed.
@@ -59,6 +59,9 @@ def check_rocoft(
     if not isinstance(mode, str) or mode not in MODES:
         allowed = ", ".join(map(repr, MODES))
         raise UserError(f"{where}: the configuration's mode is {mode!r}, allowed are {allowed}")
+    if (count := _experts(tensors, shape)) is not None:
+        _check_experts(where, module, tensors, config, shape, count)
+        return
     needed = [name for part in MODES[mode] for name in (f"rocoft_{part}", f"rocoft_{part}_index")]
     unknown = sorted(set(tensors) - {*needed, BIAS})
     if unknown:
@@ -83,6 +86,42 @@ def check_rocoft(
         _check_part(_Where(where, module, config), part, tensors, shape, crossing)
 
 
+def _experts(tensors: Mapping[str, Tensor], shape: tuple[int, ...] | None) -> int | None:
+    """How many experts the tensors are for; None if they are for a single matrix."""
+    if shape is not None:
+        return shape[0] if len(shape) == 3 else None
+    counts = [len(t) for name, t in tensors.items() if name.endswith("_index") and t.ndim == 2]
+    return counts[0] if counts else None
+
+
+def _check_experts(
+    where: str,
+    module: str,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    shape: tuple[int, ...] | None,
+    count: int,
+) -> None:
+    """All of the first expert, and the indices of every one: the others are as large, being in the same tensors."""
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2 or len(tensor) != count:
+            raise UserError(
+                f"{where}: {name} is {describe(tensor)}, its first dimension must be that of the {count} experts"
+            )
+    matrix = None if shape is None else shape[1:]
+    check_rocoft(where, module, {name: tensor[0] for name, tensor in tensors.items()}, config, matrix)
+    for part in MODES[config["mode"]]:
+        name = f"rocoft_{part}_index"
+        _check_index(where, name, tensors[name], _size(part, matrix))
+
+
+def _size(part: str, shape: tuple[int, ...] | None) -> int | None:
+    """How many rows, columns or entries a matrix has."""
+    if shape is None:
+        return None
+    return shape[0] * shape[1] if part == "entry" else shape[_AXIS[part]]
+
+
 def describe(tensor: Tensor) -> str:
     """Dtype and shape in words."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
@@ -104,8 +143,7 @@ def _check_part(
             f"{where.text}: {index_name} has {len(index)} entries for the {delta.shape[axis]} {_PLURAL[part]} of {name}"
         )
     _check_rank(where, len(index), part, shape)
-    size = None if shape is None else shape[0] * shape[1] if part == "entry" else shape[axis]
-    _check_index(where.text, index_name, index, size)
+    _check_index(where.text, index_name, index, _size(part, shape))
     if part == "entry" or shape is None:
         return
     if delta.shape[1 - axis] != shape[1 - axis] - crossing:
@@ -145,9 +183,11 @@ def _check_index(where: str, name: str, index: Tensor, size: int | None) -> None
     if outside.any():
         allowed = "0 or more" if size is None else f"0 to {size - 1}"
         raise UserError(f"{where}: {name} holds {index[outside][0].item()}, out of range: allowed is {allowed}")
-    values, times = index.unique(return_counts=True)
-    if (times > 1).any():
-        twice = values[times > 1][0].item()
-        raise UserError(f"{where}: {name} holds {twice} twice; each row, column or entry may be named once")
+    values = index.sort(-1).values  # of every expert on its own, where there are several
+    repeated = values[..., 1:][values.diff() == 0]
+    if len(repeated):
+        raise UserError(
+            f"{where}: {name} holds {repeated[0].item()} twice; each row, column or entry may be named once"
+        )
     if name == "rocoft_entry_index" and not torch.equal(values, index):
         raise UserError(f"{where}: {name} is not in ascending order")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from turnrow.adapters import AdapterSummary, ModuleSummary
@@ -89,8 +89,11 @@ def _cells(entry: ModuleSummary) -> tuple[str, ...]:
     )
 
 
-def short_indices(indices: list[int], most: int = 8) -> str:
-    """The first of some numbers, and how many there are."""
+def short_indices(indices: list[Any], most: int = 8) -> str:
+    """The first of some numbers, and how many there are; of lists for each expert those of the first."""
+    if indices and isinstance(indices[0], list):
+        same = all(of_expert == indices[0] for of_expert in indices)
+        return f"{short_indices(indices[0])} in {'each' if same else 'the first'} of {len(indices)} experts"
     shown = " ".join(map(str, indices[:most]))
     return f"{shown} ... ({len(indices)})" if len(indices) > most else shown
 

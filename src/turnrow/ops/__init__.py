@@ -6,6 +6,7 @@ Knows torch alone. Every equation of turnrow lives in this room; layers, merging
 - `rows`: train r rows of a weight matrix (RoCoFT).
 - `columns`: train r columns of a weight matrix (RoCoFT).
 - `entries`: train single entries of a weight matrix (RoCoFT's ablation).
+- `experts`: the same for the experts of a layer in one tensor.
 - `rotation`: rotate and scale pairs of output features (RoAd).
 - `batched`: the same for a batch in which every sample has an adapter of its own.
 - `rounding`: what quantizing a merged weight anew has cost.
@@ -14,6 +15,6 @@ Knows torch alone. Every equation of turnrow lives in this room; layers, merging
 
 from __future__ import annotations
 
-from turnrow.ops import batched, columns, delta, entries, rotation, rounding, rows
+from turnrow.ops import batched, columns, delta, entries, experts, rotation, rounding, rows
 
-__all__ = ["batched", "columns", "delta", "entries", "rotation", "rounding", "rows"]
+__all__ = ["batched", "columns", "delta", "entries", "experts", "rotation", "rounding", "rows"]

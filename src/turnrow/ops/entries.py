@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from turnrow.ops.delta import BeforeBackward, unviewed, without_autocast
 
-__all__ = ["attach_gradient", "count", "dense", "keep", "overlay", "put_", "shape"]
+__all__ = ["attach_gradient", "count", "dense", "keep", "overlay", "put_", "sampled_gradient", "shape"]
 
 _BLOCKS = 8
 """dW is formed in that many pieces."""
@@ -103,7 +103,7 @@ class _EntryGradient(torch.autograd.Function):
         x, index, delta = ctx.saved_tensors
         if ctx.before_backward is not None:
             ctx.before_backward()
-        d_delta = _sampled_gradient(dy, x, index).to(delta.dtype) if ctx.needs_input_grad[2] else None
+        d_delta = sampled_gradient(dy, x, index).to(delta.dtype) if ctx.needs_input_grad[2] else None
         return dy, None, d_delta, None, None
 
 
@@ -123,7 +123,7 @@ class _EntryOverlay(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 change = dense(delta, index, dy.shape[-1], x.shape[-1])
                 dx = (dy.to(change.dtype) @ change).to(x.dtype)
-            d_delta = _sampled_gradient(dy, x, index).to(delta.dtype) if ctx.needs_input_grad[2] else None
+            d_delta = sampled_gradient(dy, x, index).to(delta.dtype) if ctx.needs_input_grad[2] else None
         return dy, dx, d_delta, None
 
 
@@ -131,8 +131,8 @@ def _rows_and_columns(index: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
     return torch.div(index, in_features, rounding_mode="floor"), index % in_features
 
 
-def _sampled_gradient(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    """(dy^T x).flat[S], (n,)."""
+def sampled_gradient(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    """(dy^T x).flat[S], (n,), for dy (..., out), x (..., in) and S (n,) ascending; in the dtype of x."""
     with without_autocast(dy):
         dy = dy.reshape(-1, dy.shape[-1]).to(x.dtype)  # (tokens, out)
         x = x.reshape(-1, x.shape[-1])  # (tokens, in)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +19,7 @@ __all__ = [
     "is_plain_tensor",
     "is_sharded",
     "is_torchao",
+    "may_change_in_place",
     "refuse_sharded",
 ]
 
@@ -67,19 +69,19 @@ def is_plain_tensor(weight: Tensor) -> bool:
     return type(weight) in (Tensor, nn.Parameter) and weight.device.type != "meta"
 
 
-def is_sharded(layer: nn.Module) -> bool:
-    """Whether FSDP or DeepSpeed's ZeRO-3 keeps the weight of `layer` in pieces on several processes.
+def is_sharded(layer: nn.Module, parameter: str = "weight") -> bool:
+    """Whether FSDP or DeepSpeed's ZeRO-3 keeps a parameter of `layer` in pieces on several processes.
 
     Inside a forward such a weight looks like any other: it was gathered for the moment, into memory that is given back
     afterwards, and whatever is written there is lost.
     """
     # Asked at every forward: `getattr` for what a module lacks takes ten times as long.
-    return layer.__dict__.get("_is_fsdp_managed_module", False) or hasattr(layer._parameters.get("weight"), "ds_id")
+    return layer.__dict__.get("_is_fsdp_managed_module", False) or hasattr(layer._parameters.get(parameter), "ds_id")
 
 
-def refuse_sharded(layer: nn.Module) -> None:
+def refuse_sharded(layer: nn.Module, parameter: str = "weight") -> None:
     """Raise UserError where the values of a sharded weight are asked for."""
-    if is_sharded(layer):
+    if is_sharded(layer, parameter):
         raise UserError(
             "the base weights are sharded over several processes (FSDP or ZeRO-3) and cannot be read or changed in place. "
             "To merge, save the adapter and run `turnrow merge` on it. A model that has run before it is sharded must let go "
@@ -90,3 +92,16 @@ def refuse_sharded(layer: nn.Module) -> None:
 def is_torchao(weight: Any) -> bool:
     """Whether `weight` is quantized by torchao; asked of the type's name, because importing torchao takes seconds."""
     return type(weight).__module__.startswith("torchao.")
+
+
+def may_change_in_place(weight: Tensor, *, dimensions: int) -> bool:
+    """Whether a base weight may hold an adapter's change itself: a dense frozen one, outside `torch.func` and `torch.compile`."""
+    return (
+        not torch.compiler.is_compiling()
+        and is_plain_tensor(weight)
+        and weight.is_floating_point()
+        and weight.dim() == dimensions  # FSDP flattens what it shards
+        and not weight.requires_grad  # a weight that is trained itself must keep its own gradient
+        and not weight.is_inference()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )

@@ -36,11 +36,12 @@ class MixedBatch:
         """How often generation repeats every sample, one after the other: beams, or returned sequences."""
         self.layers: list[MixedBatchLayer] = []
         self.peft_layers: list[Any] = []
-        """Layers of peft's own: over quantized weights, or of another method in a mixed model."""
+        """Layers of peft's own: of another method in a mixed model, or RoAd's over a weight that ours does not know."""
         self.whole_modules: list[ModulesToSaveWrapper] = []
         for name, module in tuner.model.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                _refuse_experts(name, module)
             if isinstance(module, MixedBatchLayer):
-                _refuse_experts(name)
                 self.layers.append(module)
             elif isinstance(module, BaseTunerLayer):
                 _refuse_without_names(name, module)
@@ -228,11 +229,11 @@ def _check_names(names: Any, loaded: Any) -> None:
         )
 
 
-def _refuse_experts(name: str) -> None:
-    if "experts" in name.split("."):
+def _refuse_experts(name: str, layer: nn.Module) -> None:
+    if "experts" in name.split(".") or getattr(layer, "of_experts", False):
         raise UserError(
             f"adapter_names cannot be used with an adapter on {name!r}: an expert gets the tokens of all samples mixed. "
-            "Activate one adapter by set_adapter(), or leave the experts out of target_modules"
+            "Activate one adapter by set_adapter(), or leave the experts out of target_modules and target_parameters"
         )
 
 

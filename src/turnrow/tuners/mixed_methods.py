@@ -19,6 +19,7 @@ from peft.tuners.mixed.model import MixedModel as PeftMixedModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from turnrow.errors import UserError
 from turnrow.tuners._mixed_batch import MixedBatchModel
 from turnrow.tuners._quantized_model import QuantizedModelMixin, warn_of_merge_costs
 from turnrow.tuners.road.layer import RoadLinear
@@ -69,6 +70,11 @@ class MixedModel(MixedBatchModel, QuantizedModelMixin, PeftMixedModel):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         tuner: Any = _tuner(peft_config) or PeftMixedModel
         tuner._prepare_model(self, peft_config, model)
+        if isinstance(peft_config, RocoftConfig) and peft_config.target_parameters:
+            raise UserError(
+                f"a mixed model cannot train fused experts, and target_parameters are {peft_config.target_parameters}: pass "
+                "target_parameters=[]"
+            )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in peft, and what RoCoFT does to a model besides replacing its layers."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from turnrow.errors import UserError
 from turnrow.tuners._dense import dense_linear, features
+from turnrow.tuners._experts import warn_of_untargeted_experts
 from turnrow.tuners._mixed_batch import MixedBatchModel
 from turnrow.tuners._quantized import is_linear
 from turnrow.tuners._quantized_model import QuantizedModelMixin
@@ -26,6 +27,8 @@ class RoadModel(MixedBatchModel, QuantizedModelMixin, PeftRoadModel):
     """
 
     def _prepare_model(self, peft_config: RoadConfig, model: nn.Module) -> None:
+        if not peft_config.inference_mode:
+            warn_of_untargeted_experts(model, "RoAd turns the outputs of linear layers alone; RoCoFT trains experts")
         for name, module in resolve_targets(self, peft_config, model).items():
             if not is_linear(module):
                 raise UserError(

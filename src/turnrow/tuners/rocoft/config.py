@@ -56,8 +56,9 @@ class RocoftConfig(PeftConfig):
             "help": "Which rows or columns. None chooses them by selection; a list serves every module; a dict maps module "
             "names (whole, or their last parts) to lists, and selection serves the modules it does not name. For 'row+column' "
             "{'row': [...], 'column': [...]} stands in the place of a list; for 'entry' a number is row * in_features + "
-            "column. A text is the path of a file that turnrow select wrote; what it holds takes its place. Where indices are "
-            "given their number is the rank of the module. They are saved with the adapter."
+            "column. For a fused weight of experts a list serves every expert, a list of lists has one for each. A text is the "
+            "path of a file that turnrow select wrote; what it holds takes its place. Where indices are given their number is "
+            "the rank of the module. They are saved with the adapter."
         },
     )
     target_modules: list[str] | set[str] | str | None = field(
@@ -67,8 +68,16 @@ class RocoftConfig(PeftConfig):
             "None or 'all-linear' takes every linear module but the output layer."
         },
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of fused weights of experts, whole or their last parts, such as 'experts.down_proj': parameters of three "
+            "dimensions that hold all experts of a layer; r rows or columns of each expert are trained. None takes all of "
+            "them where target_modules is None or 'all-linear', and otherwise none, with a warning; [] takes none."
+        },
+    )
     exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Names, or one regular expression, of modules to leave out."}
+        default=None, metadata={"help": "Names, or one regular expression, of modules and fused weights to leave out."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Numbers of the layers to train; None trains all."}
@@ -104,6 +113,10 @@ class RocoftConfig(PeftConfig):
         from peft.utils.peft_types import PeftType
 
         self.peft_type = PeftType("ROCOFT")
+        if isinstance(self.target_parameters, str):
+            raise UserError(
+                f"target_parameters is {self.target_parameters!r}; it must be None or a list of names, such as [{self.target_parameters!r}]"
+            )
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):

@@ -19,8 +19,9 @@ back the quantized weight that was there.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from turnrow.errors import UserError
-from turnrow.ops import columns
 from turnrow.ops.delta import adapted
 from turnrow.ops.rounding import MergeCost
 from turnrow.tuners._dense import dense_weight, refuse_sharded
@@ -43,9 +43,13 @@ from turnrow.tuners._quantized import (
     restore_weight,
     values_of,
 )
-from turnrow.tuners.rocoft.parts import PARTS, Part
+from turnrow.tuners.rocoft.config import RocoftConfig
+from turnrow.tuners.rocoft.parts import EXPERT_PARTS, PARTS, Part
 
 __all__ = ["Active", "RocoftLayer", "trainable_dtype"]
+
+_NOISE = 0.1
+"""Standard deviation of the random differences that `init_weights=False` starts from."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,13 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
         "rocoft_column_settled",
         "rocoft_column_settled_index",
     )
+    of_experts: bool = False
+    """Whether the weight is a fused one, (E, out, in)."""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, requantize: Requantizer | None = None) -> None:
+    def __init__(self, base_layer: Any, adapter_name: str, requantize: Requantizer | None = None) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
-        self.quantization_backend = quantization_backend(base_layer, requantize)
+        self.quantization_backend = None if self.of_experts else quantization_backend(base_layer, requantize)
         self.rocoft_row = nn.ParameterDict()
         self.rocoft_column = nn.ParameterDict()
         self.rocoft_entry = nn.ParameterDict()
@@ -135,6 +141,42 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
 
     # --- the adapter's tensors -------------------------------------------------------------------------------------
 
+    def _add_part(
+        self, adapter_name: str, config: RocoftConfig, part: str, shape: tuple[int, ...], index: Tensor
+    ) -> None:
+        """Give an adapter a difference of zero to what `index` chooses of the weight."""
+        weight = self._tensor_of_base()
+        delta = torch.zeros(shape, dtype=trainable_dtype(weight), device=weight.device)
+        if not config.init_weights:
+            nn.init.normal_(delta, std=_NOISE)
+        getattr(self, f"rocoft_{part}")[adapter_name] = nn.Parameter(delta)
+        getattr(self, f"rocoft_{part}_index")[adapter_name] = index.to(weight.device)
+
+    def set_index(self, adapter_name: str, part: str, index: Tensor) -> None:
+        """Choose other rows, columns or entries for an adapter whose difference is still zero.
+
+        Args:
+            adapter_name: of an adapter that this layer has.
+            part: "row", "column" or "entry".
+            index: as many as before, int64, for each expert where the weight has several; entries ascending.
+        """
+        self._adapters_change()
+        getattr(self, f"rocoft_{part}_index")[adapter_name].copy_(index)
+
+    def _tensor_of_base(self) -> Tensor:
+        """Any tensor of the base layer: a packed weight may go by any name, and be a buffer."""
+        base = self._base
+        first = next(base.parameters(), None)
+        return next(base.buffers()) if first is None else first
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As in peft, but it casts to the dtype of the base as well, in peft 0.20 even the indices."""
+        device = device or self._tensor_of_base().device
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            tensors = getattr(self, name)
+            if adapter_name in tensors and not tensors[adapter_name].is_meta:
+                tensors[adapter_name] = tensors[adapter_name].to(device)
+
     def _add_bias(self, adapter_name: str) -> None:
         bias = getattr(self._base, "bias", None)
         if bias is not None:
@@ -155,9 +197,9 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
             rest = None
             if name == "column" and adapter_name in self.rocoft_row:
                 with torch.inference_mode(False):  # looked up once, in whatever mode: training needs it too
-                    rest = columns.others(self.rocoft_row_index[adapter_name], self.out_features)
+                    rest = self._equations["column"].others(self.rocoft_row_index[adapter_name], self.out_features)
             holder = getattr(self, f"rocoft_{name}")
-            found.append(Part(name, parameter, index, rest, self.out_features, holder, adapter_name))
+            found.append(Part(name, parameter, index, rest, self.out_features, holder, adapter_name, self.of_experts))
             settled: Any = getattr(self, f"rocoft_{name}_settled", {})
             if adapter_name in settled:
                 index = getattr(self, f"rocoft_{name}_settled_index")[adapter_name]
@@ -167,6 +209,10 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
 
     def _bias_part(self, adapter_name: str) -> Part:
         return Part("bias", self.rocoft_bias[adapter_name], None, holder=self.rocoft_bias, adapter=adapter_name)
+
+    @property
+    def _equations(self) -> Mapping[str, ModuleType]:
+        return EXPERT_PARTS if self.of_experts else PARTS
 
     @property
     def active(self) -> Active:
@@ -234,7 +280,7 @@ class RocoftLayer(MixedBatchLayer, BaseTunerLayer, nn.Module):
             if kept.part == "bias":
                 self._base.bias.data.copy_(values)
             else:
-                PARTS[kept.part].put_(self._values(), kept.index, values)
+                self._equations[kept.part].put_(self._values(), kept.index, values)
 
     def _held(self) -> Active | None:
         """The adapters whose sum with W0 the weight holds now, or None for W0."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -12,18 +11,15 @@ from torch import Tensor, nn
 
 from turnrow.errors import UserError
 from turnrow.selection import needs_data
-from turnrow.tuners._dense import features, is_plain_tensor, is_sharded
+from turnrow.tuners._dense import features, is_sharded, may_change_in_place
 from turnrow.tuners._mixed_batch import MixedBatch
 from turnrow.tuners._quantized import Requantizer, values_of
 from turnrow.tuners.rocoft.config import RocoftConfig
-from turnrow.tuners.rocoft.layer import Active, RocoftLayer, trainable_dtype
+from turnrow.tuners.rocoft.layer import Active, RocoftLayer
 from turnrow.tuners.rocoft.mixed import StackedParts, stack_bias, stack_parts
-from turnrow.tuners.rocoft.parts import PARTS, Part, choose_indices, is_given
+from turnrow.tuners.rocoft.parts import PARTS, Part, choose_indices, is_given, shape_of_part
 
 __all__ = ["RocoftLinear"]
-
-_NOISE = 0.1
-"""Standard deviation of the random differences that `init_weights=False` starts from."""
 
 
 class RocoftLinear(RocoftLayer):
@@ -45,18 +41,10 @@ class RocoftLinear(RocoftLayer):
 
     def update_layer(self, adapter_name: str, config: RocoftConfig, name: str) -> None:
         """Add an adapter: delta = 0 for what the config chooses in the module called `name`."""
-        # a packed weight may go by any name, and be a buffer
-        weight = next(chain(self._base.parameters(), self._base.buffers()))
         chosen = choose_indices(config, name, self.out_features, self.in_features)
         for part, index in chosen.items():
-            shape = PARTS[part].shape(self.out_features, self.in_features, len(index))
-            if part == "column" and "row" in chosen:
-                shape = (shape[0] - len(chosen["row"]), shape[1])  # what lies in both is the rows'
-            delta = torch.zeros(shape, dtype=trainable_dtype(weight), device=weight.device)
-            if not config.init_weights:
-                nn.init.normal_(delta, std=_NOISE)
-            getattr(self, f"rocoft_{part}")[adapter_name] = nn.Parameter(delta)
-            getattr(self, f"rocoft_{part}_index")[adapter_name] = index.to(weight.device)
+            shape = shape_of_part(part, chosen, self.out_features, self.in_features)
+            self._add_part(adapter_name, config, part, shape, index)
         if needs_data(config.selection) and not is_given(config, name):
             self._unselected.add(adapter_name)
         if config.bias != "none":
@@ -64,15 +52,8 @@ class RocoftLinear(RocoftLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_index(self, adapter_name: str, part: str, index: Tensor) -> None:
-        """Choose other rows, columns or entries for an adapter whose difference is still zero.
-
-        Args:
-            adapter_name: of an adapter that this layer has.
-            part: "row", "column" or "entry".
-            index: as many as before, int64; entries ascending.
-        """
-        self._adapters_change()
-        getattr(self, f"rocoft_{part}_index")[adapter_name].copy_(index)
+        """As in every layer; the adapter may be trained from now on."""
+        super().set_index(adapter_name, part, index)
         self._unselected.discard(adapter_name)
 
     def set_settled(self, adapter_name: str, part: str, index: Tensor, delta: Tensor) -> None:
@@ -205,18 +186,10 @@ class RocoftLinear(RocoftLayer):
         return stack_parts([parts[name] for name in names], bias, self.out_features, self.in_features, dtype)
 
     def _may_go_live(self) -> bool:
-        if torch.compiler.is_compiling():
-            return False
-        base = self.base_layer
-        weight: Any = base._parameters.get("weight")
+        weight: Any = self.base_layer._parameters.get("weight")
         return (
             weight is not None  # no other adapter layer in between
             and not self.weight_is_shared
-            and is_plain_tensor(weight)
-            and not is_sharded(base)
-            and weight.is_floating_point()
-            and weight.dim() == 2  # FSDP flattens what it shards
-            and not weight.requires_grad  # a weight that is trained itself must keep its own gradient
-            and not weight.is_inference()
-            and torch._C._functorch.peek_interpreter_stack() is None
+            and not is_sharded(self.base_layer)
+            and may_change_in_place(weight, dimensions=2)
         )

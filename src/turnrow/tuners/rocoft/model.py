@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from turnrow.errors import UserError, near_matches
+from turnrow.ops.experts import fused_weights
 from turnrow.tuners._dense import features
+from turnrow.tuners._experts import resolve_experts
 from turnrow.tuners._mixed_batch import MixedBatchModel
 from turnrow.tuners._quantized import is_linear, requantizer
 from turnrow.tuners._quantized_model import QuantizedModelMixin
-from turnrow.tuners._targets import find_named, resolve_targets
+from turnrow.tuners._targets import covers_all_layers, resolve_targets
+from turnrow.tuners._walk import find_experts, find_named
 from turnrow.tuners.rocoft.bias import RocoftBias
 from turnrow.tuners.rocoft.config import RocoftConfig
+from turnrow.tuners.rocoft.experts import RocoftExperts
 from turnrow.tuners.rocoft.layer import RocoftLayer
 from turnrow.tuners.rocoft.linear import RocoftLinear
-from turnrow.tuners.rocoft.parts import choose_indices, named_modules
+from turnrow.tuners.rocoft.parts import choose_expert_indices, choose_indices, named_modules
 
 __all__ = ["RocoftModel"]
 
@@ -43,19 +51,31 @@ class RocoftModel(MixedBatchModel, QuantizedModelMixin):
         return peft_config
 
     def _prepare_model(self, peft_config: RocoftConfig, model: nn.Module) -> None:
+        all_layers = covers_all_layers(peft_config)
         targets = resolve_targets(self, peft_config, model)
+        experts = resolve_experts(self, peft_config, model, all_layers=all_layers)
+        _check_experts_are_free(experts, model)
         _check_linear(targets, model)
-        unknown = [key for key in named_modules(peft_config) if not find_named(key, targets)]
+        names = [*targets, *experts]
+        unknown = [key for key in named_modules(peft_config) if not find_named(key, names)]
         if unknown:
-            ends = {end for name in targets for end in (name, name.rpartition(".")[2])}
+            ends = {end for name in names for end in (name, name.rpartition(".")[2])}
             raise UserError(
                 f"indices name modules that are not among the target modules: "
                 f"{', '.join(f'{key!r}{near_matches(key, ends)}' for key in unknown)}"
             )
         for name, module in targets.items():
             choose_indices(peft_config, name, *features(module))
-        with_bias = {"none": (), "rocoft_only": targets.values(), "all": model.modules()}[peft_config.bias]
-        if peft_config.bias != "none" and all(getattr(module, "bias", None) is None for module in with_bias):
+        for name, weight in experts.items():
+            choose_expert_indices(peft_config, name, weight.shape)
+        with_bias: dict[str, Iterable[Any]] = {
+            "none": (),
+            "rocoft_only": [*targets.values(), *experts.values()],
+            "all": [*model.modules(), *experts.values()],
+        }
+        if peft_config.bias != "none" and all(
+            getattr(module, "bias", None) is None for module in with_bias[peft_config.bias]
+        ):
             raise UserError(f"bias is {peft_config.bias!r}, but the model has no bias there to train; use bias='none'")
 
     def _check_new_adapter_config(self, config: RocoftConfig) -> None:
@@ -65,8 +85,15 @@ class RocoftModel(MixedBatchModel, QuantizedModelMixin):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in peft; with `bias="all"` the other modules that have a bias get a layer too."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
+        with warnings.catch_warnings():
+            # peft looks for these names among modules alone, not among fused weights
+            experts = list(find_experts(model))
+            if _match_any(config.rank_pattern, experts):
+                warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+            if _match_any(config.exclude_modules, experts):
+                warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         RocoftModel.after_injection(self, model, adapter_name, config)
 
     @staticmethod
@@ -90,6 +117,27 @@ class RocoftModel(MixedBatchModel, QuantizedModelMixin):
             return
         layer = RocoftLinear(target, adapter_name, rocoft_config, current_key, requantizer(self.model))
         _insert(self, layer, adapter_name, target, target_name, parent)
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Called by peft where the config has `target_parameters`: put layers beside the modules with fused experts."""
+        experts = resolve_experts(self, peft_config, model, all_layers=False)
+        for name, weight in experts.items():
+            module_name = name.rpartition(".")[0]
+            holder = model.get_submodule(module_name)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                if not isinstance(holder, RocoftExperts):
+                    target, holder = holder, RocoftExperts(holder)
+                    holder.add(weight, adapter_name, peft_config, name)
+                    parent, _, child = module_name.rpartition(".")
+                    _insert(self, holder, adapter_name, target, child, model.get_submodule(parent))
+                else:
+                    layer = holder.add(weight, adapter_name, peft_config, name)
+                    layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        # peft 0.21 keeps the names that are returned, peft 0.20 expects them to be kept here.
+        self.targeted_parameter_names += [name for name in experts if name not in self.targeted_parameter_names]
+        return list(experts)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         ours = {
@@ -173,6 +221,22 @@ def _insert(
     tuner._replace_module(parent, target_name, layer, target)
 
 
+def _match_any(patterns: Iterable[str] | str | None, names: list[str]) -> bool:
+    """Whether any of the names or regular expressions is for one of `names`, as peft matches them."""
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    return any(get_pattern_key(patterns, name) in patterns for name in names)
+
+
+def _check_experts_are_free(experts: Iterable[str], model: nn.Module) -> None:
+    for name in experts:
+        holder: Any = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(holder, BaseTunerLayer) and not isinstance(holder, RocoftExperts):
+            raise UserError(
+                f"the experts of {name!r} have an adapter of another method, a {type(holder).__name__}; RoCoFT cannot train them "
+                "beside it: leave them out of one of the two (target_parameters)"
+            )
+
+
 def _layers(model: nn.Module) -> list[RocoftLayer]:
     return [module for module in model.modules() if isinstance(module, RocoftLayer)]
 
@@ -181,6 +245,12 @@ def _check_linear(targets: dict[str, nn.Module], model: nn.Module) -> None:
     """Refuse targets that are no linear layers, or that nothing would ever call (UserError)."""
     wrong = [name for name, module in targets.items() if not is_linear(module)]
     if wrong:
+        fused = [f"{wrong[0].rpartition('.')[2]}.{weight}" for weight in fused_weights(targets[wrong[0]])]
+        if fused:
+            raise UserError(
+                f"target module {wrong[0]!r} is a {type(targets[wrong[0]]).__name__}; its fused weights are named one by one, in "
+                f"target_parameters={fused}"
+            )
         raise UserError(
             f"target module {wrong[0]!r} is a {type(targets[wrong[0]]).__name__}; RoCoFT trains linear layers with a dense "
             "floating-point weight (torch.nn.Linear, Conv1D) or one quantized by a package that peft knows (bitsandbytes, "

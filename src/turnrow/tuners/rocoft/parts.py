@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from turnrow.errors import UserError
-from turnrow.ops import columns, entries, rows
+from turnrow.ops import columns, entries, experts, rows
 from turnrow.selection import check_indices, choose, first, needs_data
 from turnrow.tuners.rocoft.config import RocoftConfig
 
-__all__ = ["PARTS", "Part", "choose_indices", "is_given", "named_modules", "parts_of_mode"]
+__all__ = [
+    "EXPERT_PARTS",
+    "PARTS",
+    "Part",
+    "choose_expert_indices",
+    "choose_indices",
+    "is_given",
+    "named_modules",
+    "parts_of_mode",
+    "shape_of_part",
+]
 
 PARTS: dict[str, ModuleType] = {"row": rows, "column": columns, "entry": entries}
 """The equations of each part."""
+
+EXPERT_PARTS: dict[str, ModuleType] = {"row": experts.rows, "column": experts.columns, "entry": experts.entries}
+"""The equations of each part of a fused weight of experts."""
 
 
 def parts_of_mode(mode: str) -> tuple[str, ...]:
@@ -47,6 +62,9 @@ class Part:
     """Where the layer holds the parameter, under `adapter`."""
     adapter: str = ""
 
+    of_experts: bool = False
+    """Of a fused weight, for every expert in it."""
+
     def is_current(self) -> bool:
         """Whether the layer still holds this very parameter; sharding, for example, puts another in its place."""
         if self.holder is None:
@@ -56,14 +74,14 @@ class Part:
 
     @property
     def ops(self) -> ModuleType:
-        """The equations: ``keep``, ``put_``, ``overlay``, ``attach_gradient``."""
-        return PARTS[self.name]
+        """The equations of this part, such as ``keep`` and ``put_``."""
+        return (EXPERT_PARTS if self.of_experts else PARTS)[self.name]
 
     def delta(self) -> Tensor:
         """The difference in the shape that the equations take, differentiable in the parameter."""
         if self.rest is None:
             return self.parameter
-        return columns.spread(self.parameter, self.rest, self.out_features)
+        return self.ops.spread(self.parameter, self.rest, self.out_features)
 
 
 def choose_indices(config: RocoftConfig, name: str, out_features: int, in_features: int) -> dict[str, Tensor]:
@@ -95,6 +113,49 @@ def choose_indices(config: RocoftConfig, name: str, out_features: int, in_featur
 def is_given(config: RocoftConfig, name: str) -> bool:
     """Whether ``config.indices`` says what is trained in the module called `name`."""
     return _given(config, name) is not None
+
+
+def choose_expert_indices(config: RocoftConfig, name: str, shape: tuple[int, int, int]) -> dict[str, Tensor]:
+    """As `choose_indices`, for each expert of the fused weight called `name`: by part, (E, r) int64.
+
+    Args:
+        config: its indices for this weight may be one list, which serves every expert, or a list for each expert.
+        name: of the parameter.
+        shape: (E, out, in).
+    """
+    count, out_features, in_features = shape
+    sizes = {"row": out_features, "column": in_features, "entry": out_features * in_features}
+    given = _given(config, name)
+    if given is None and needs_data(config.selection):
+        raise UserError(
+            f"selection {config.selection!r} looks at data, which it cannot do for the experts of {name!r}: choose 'first', 'last', "
+            "'uniform' or 'random', name their indices, or leave them out of target_parameters"
+        )
+    if given is None or not any(_is_nested(lists) for lists in given.values()):
+        chosen = choose_indices(config, name, out_features, in_features)
+        return {part: index.repeat(count, 1) for part, index in chosen.items()}
+    nested: dict[str, Any] = {part: v if _is_nested(v) else [v] * count for part, v in given.items()}
+    by_part = {}
+    for part, lists in nested.items():
+        if len(lists) != count or len({len(numbers) for numbers in lists}) != 1:
+            raise UserError(
+                f"indices of {name!r} are {len(lists)} lists of {_lengths(lists)} numbers; {count} lists of one length are needed, "
+                "one for each expert, or a single list for all"
+            )
+        of_each = [
+            check_indices(numbers, sizes[part], what=part, module=f"{name}, expert {expert}")
+            for expert, numbers in enumerate(lists)
+        ]
+        by_part[part] = torch.stack([index.sort().values if part == "entry" else index for index in of_each])
+    return by_part
+
+
+def shape_of_part(part: str, chosen: Mapping[str, Tensor], out_features: int, in_features: int) -> tuple[int, ...]:
+    """Shape of the trained difference of `part` in one matrix, where `chosen` holds the (..., r) indices of all parts."""
+    shape = PARTS[part].shape(out_features, in_features, chosen[part].shape[-1])
+    if part == "column" and "row" in chosen:
+        return shape[0] - chosen["row"].shape[-1], shape[1]  # what lies in both is the rows'
+    return tuple(shape)
 
 
 def named_modules(config: RocoftConfig) -> list[str]:
@@ -133,3 +194,11 @@ def _given(config: RocoftConfig, name: str) -> dict[str, list[int]] | None:
         wanted = ", ".join(f"{part!r}: [...]" for part in parts)
         raise UserError(f"indices of module {name!r} are {given!r}; mode {config.mode!r} needs {{{wanted}}}")
     return given
+
+
+def _is_nested(numbers: Any) -> bool:
+    return any(isinstance(inner, (list, tuple)) for inner in numbers)
+
+
+def _lengths(lists: list[list[int]]) -> str:
+    return " and ".join(map(str, sorted({len(numbers) for numbers in lists})))

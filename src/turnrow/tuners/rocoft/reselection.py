@@ -56,6 +56,11 @@ def check_reselection(config: object, strategy: object, budget: int | None) -> N
         raise UserError(f"reselection is for method rocoft; the adapter is of {type(config).__name__}")
     if config.mode not in _AXIS:
         raise UserError(f"reselection needs mode 'row' or 'column'; mode is {config.mode!r}")
+    if config.target_parameters:
+        raise UserError(
+            f"reselection is for linear layers, not for fused experts, and target_parameters are {config.target_parameters}: pass "
+            "target_parameters=[]"
+        )
     if strategy not in RESELECTION_STRATEGIES:
         raise UserError(
             f"reselection.strategy is {strategy!r}; it must be one of {', '.join(map(repr, RESELECTION_STRATEGIES))}"
