@@ -229,7 +229,7 @@ def _check_names(names: Any, loaded: Any) -> None:
         )
 
 
-def _refuse_experts(name: str, layer: nn.Module) -> None:
+def _refuse_experts(name: str, layer: object) -> None:
     if "experts" in name.split(".") or getattr(layer, "of_experts", False):
         raise UserError(
             f"adapter_names cannot be used with an adapter on {name!r}: an expert gets the tokens of all samples mixed. "
