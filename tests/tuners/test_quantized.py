@@ -279,6 +279,18 @@ def test_torchao_weights_without_a_recipe_train_but_do_not_merge():
         model.merge_adapter()
 
 
+@pytest.mark.parametrize("method", ["column", "road_2"])
+def test_a_quantization_that_cuts_gradients_is_refused_in_training(method):
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao, by pip install 'turnrow[quantized]'")
+    model, inputs = build("llama")
+    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig())
+    reference = output(model, inputs)
+    model = get_peft_model(model, configure(method, model))
+    torch.testing.assert_close(output(model, inputs), reference)
+    with pytest.raises(UserError, match="no gradient goes through this weight quantized by torchao"):
+        model(**inputs)
+
+
 class PatchedLinear(nn.Module):
     """A linear layer of a backend that computes and no more, as GPTQ, AWQ and AQLM are to peft; it knows some by name."""
 

@@ -44,6 +44,11 @@ class MergeResult:
     """Modules with a quantized weight under a method that does not read it; they are left out of `changes`."""
 
     @property
+    def cost(self) -> MergeCost:
+        """`costs` of all modules as if they were one."""
+        return MergeCost.sum(self.costs.values())
+
+    @property
     def change_norm(self) -> float:
         """Norm of the change over all modules."""
         return math.hypot(*(change for change, _ in self.changes.values()))

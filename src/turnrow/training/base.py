@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from turnrow.errors import UserError
 from turnrow.tasks import Task, ready_to_pad, resolve_max_length
+from turnrow.training.quantization import (
+    make_quantization,
+    plain_conversion_errors,
+    prepare_quantized,
+    quantized_among,
+    spare,
+)
 from turnrow.training.quiet import without_load_report
 
 __all__ = ["Base", "input_limit", "load_base", "load_tokenizer", "resolve_model"]
@@ -72,33 +81,52 @@ def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
         return ready_to_pad(AutoTokenizer.from_pretrained(location))
 
 
-def load_base(name: str, task: Task, *, dtype: str = "float32") -> Base:
+def load_base(
+    name: str, task: Task, *, dtype: str = "float32", quantization: str | Mapping[str, Any] | None = None
+) -> Base:
     """Load a base model for a task; its head, which is trained, is float32 whatever `dtype`.
 
     Args:
         name: as in `Recipe.model`.
         task: fitted, so that it knows for example the number of labels.
         dtype: of the frozen weights.
+        quantization: as in `Recipe.quantization`. Modules that are trained whole are never quantized.
+
+    Raises:
+        UserError: no such model; or it cannot be quantized so, or not trained on.
     """
     location = resolve_model(name)
     tokenizer = load_tokenizer(location)
-    with _plain_errors(name), without_load_report():
+    config = make_quantization(quantization, getattr(torch, dtype))
+    model, new_modules = _load(name, location, task, dtype, config)
+    heads = [module_name for module_name, _ in model.named_modules() if module_name in (*new_modules, *_HEADS)]
+    if getattr(model, "hf_quantizer", None) is not None:  # by the recipe, or because it was saved like that
+        if config is not None and (taken := quantized_among(model, heads)):
+            model, new_modules = _load(name, location, task, dtype, spare(config, model, taken))
+        prepare_quantized(model)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    for module_name in heads:
+        _keep_float32(model.get_submodule(module_name))
+    return Base(model, tokenizer, new_modules)
+
+
+def _load(
+    name: str, location: str, task: Task, dtype: str, quantization: QuantizationConfigMixin | None
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model, and the modules that its weights did not hold."""
+    how = {} if quantization is None else {"quantization_config": quantization}
+    with _plain_errors(name), plain_conversion_errors(name, quantization), without_load_report():
         model, loaded = getattr(transformers, task.auto_model).from_pretrained(
             location,
             dtype=getattr(torch, dtype),
             # A base that was fine-tuned for another number of labels gets a new head.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **how,
             **task.model_kwargs(),
         )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    absent = {*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])}
-    new_modules = _whole_modules(model, absent)
-    for module_name, module in model.named_modules():
-        if module_name in (*new_modules, *_HEADS):
-            _keep_float32(module)
-    return Base(model, tokenizer, new_modules)
+    return model, _whole_modules(model, {*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])})
 
 
 def input_limit(max_length: int | None, base: Base) -> int:

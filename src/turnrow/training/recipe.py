@@ -85,6 +85,9 @@ class Recipe:
     """Longest input in tokens, longer ones are cut; by default what the tokenizer and the model allow."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Storage type of the frozen base weights. Trained weights are always float32."""
+    quantization: str | Section | None = None
+    """Quantize the frozen linear layers while loading: ``nf4``, ``int8`` (bitsandbytes), ``torchao_int8``, ``torchao_int4``, or
+    a mapping in the words of transformers' ``quantization_config``."""
     seed: int = 0
     """Seeds the new head, the order of the data and dropout."""
     output_dir: str
@@ -104,6 +107,7 @@ class Recipe:
             "task": _task_options(self.task),
             "method": _method_options(self.method),
             "training": _training_options(self.training),
+            "quantization": _quantization(self.quantization),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -256,6 +260,12 @@ def _training_options(training: Any) -> dict[str, Any]:
     return check_options(options, TrainingArguments, "training", reserved=_TOP_LEVEL)
 
 
+def _quantization(value: Any) -> Any:
+    from turnrow.training.quantization import check_quantization
+
+    return check_quantization(value)
+
+
 def _check_scalars(recipe: Recipe) -> None:
     for name in ("model", "output_dir"):
         value: object = getattr(recipe, name)
@@ -267,6 +277,11 @@ def _check_scalars(recipe: Recipe) -> None:
         raise UserError(
             f"method full trains every weight and keeps what it trains in float32, but dtype is {recipe.dtype}; "
             "leave dtype out, and set training.bf16: true for mixed precision"
+        )
+    if recipe.method["name"] == "full" and recipe.quantization is not None:
+        raise UserError(
+            f"method full trains every weight, and quantized ones cannot be trained, but quantization is {recipe.quantization!r}; "
+            "leave quantization out, or train an adapter such as method: {name: rocoft, mode: row, r: 3}"
         )
     _check_integer("seed", recipe.seed, 0, 2**32 - 1)
     _check_integer("calibration_samples", recipe.calibration_samples, 1, 2**31 - 1)

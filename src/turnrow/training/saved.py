@@ -90,7 +90,7 @@ def save_run(
         described = {
             "version": _VERSION,
             "task": trained.task.to_dict(),
-            "base": {"model": _portable(recipe.model), "dtype": recipe.dtype},
+            "base": {"model": _portable(recipe.model), "dtype": recipe.dtype, "quantization": recipe.quantization},
             "method": recipe.method["name"],
             "max_length": trained.max_length,
             "evaluation": trained.evaluation,
@@ -113,7 +113,8 @@ def load_saved(path: str | Path, model: str | None = None) -> SavedModel:
     task = task_from_dict(described["task"])
     name = model or described["base"]["model"]
     if (folder / "adapter_config.json").is_file():
-        base = load_base(name, task, dtype=described["base"]["dtype"])
+        held = described["base"]
+        base = load_base(name, task, dtype=held["dtype"], quantization=held.get("quantization"))
         adapted: PreTrainedModel | PeftModel = load_adapter(base.model, folder)
     elif model is not None:
         raise UserError(f"{folder} holds a whole model, which needs no base; leave out the model {model!r}")

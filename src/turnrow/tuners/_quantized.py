@@ -33,6 +33,7 @@ __all__ = [
     "Requantizer",
     "is_linear",
     "quantization_backend",
+    "refuse_cut_gradient",
     "replace_weight",
     "requantizer",
     "restore_weight",
@@ -146,6 +147,19 @@ def restore_weight(layer: BaseTunerLayer, original: Original) -> None:
         base.state.reset_grads()  # the next forward takes the scales from the weight
     if isinstance(backend, Bnb4bitBackend):
         base.quant_state = base.weight.quant_state
+
+
+def refuse_cut_gradient(y: Tensor, x: Tensor, backend: QuantizationBackend) -> None:
+    """Raise UserError where the output y of a quantized layer has lost the gradient of its input x.
+
+    Autograd says nothing of it: whatever lies below would go on training with the wrong gradient, or with none.
+    """
+    if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+        raise UserError(
+            f"no gradient goes through this weight quantized by {backend.backend_name}, so nothing can be trained below it: it is of "
+            "a kind for inference only, such as those of torchao that quantize activations too. Load the base as nf4, int8, or "
+            "torchao's weight-only kinds; to run an adapter without training, use torch.no_grad()"
+        )
 
 
 def why_not_to_merge(backend: QuantizationBackend) -> str | None:

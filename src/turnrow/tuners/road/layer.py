@@ -21,6 +21,7 @@ from turnrow.tuners._quantized import (
     Original,
     Requantizer,
     quantization_backend,
+    refuse_cut_gradient,
     replace_weight,
     restore_weight,
     values_of,
@@ -95,6 +96,8 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
             if folded is not None:
                 return folded
         h = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            refuse_cut_gradient(h, x, self.quantization_backend)
         for name in active:
             h = self._rotate(h, name)
         return h

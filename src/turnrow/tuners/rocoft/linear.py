@@ -13,7 +13,7 @@ from turnrow.errors import UserError
 from turnrow.selection import needs_data
 from turnrow.tuners._dense import features, is_sharded, may_change_in_place
 from turnrow.tuners._mixed_batch import MixedBatch
-from turnrow.tuners._quantized import Requantizer, values_of
+from turnrow.tuners._quantized import Requantizer, refuse_cut_gradient, values_of
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.layer import Active, RocoftLayer
 from turnrow.tuners.rocoft.mixed import StackedParts, stack_bias, stack_parts
@@ -147,6 +147,8 @@ class RocoftLinear(RocoftLayer):
             return self._live_forward(active, x, args, kwargs)
         self.restore_base()
         y = self._held_for_backward(self._call_base(active.biases, (x, *args), kwargs), x)
+        if self.quantization_backend is not None:
+            refuse_cut_gradient(y, x, self.quantization_backend)
         for part in active.parts:
             y = part.ops.overlay(y, x, part.delta(), part.index)
         return y
