@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from torch import nn
@@ -12,7 +13,10 @@ from transformers import PreTrainedModel
 
 from benchmarks.rocoft_reference import ReferenceColumns, ReferenceRows
 
-__all__ = ["LIMIT", "METHODS", "Method", "sharing_copy"]
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+__all__ = ["LIMIT", "LORA_RANK", "METHODS", "RANK", "Method", "sharing_copy", "with_road_of_peft"]
 
 LIMIT = "frozen"
 """The yardstick: forward, and backward to the inputs, with no weight trained."""
@@ -51,17 +55,23 @@ def _lora(model: PreTrainedModel, targets: list[str]) -> nn.Module:
     return get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets))
 
 
-def _road_of_peft(model: PreTrainedModel, targets: list[str]) -> nn.Module:
-    from peft import PeftType, RoadConfig, get_peft_model
+def with_road_of_peft(model: PreTrainedModel, config: PeftConfig, **keywords: Any) -> PeftModel:
+    """`get_peft_model` with peft's own RoAd: importing turnrow gives peft's ROAD type another layer."""
+    from peft import PeftType, get_peft_model
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.road import RoadModel
 
-    # Importing turnrow gives peft's ROAD type another layer; the comparison is with peft's own.
     with patch.dict(PEFT_TYPE_TO_TUNER_MAPPING, {PeftType.ROAD: RoadModel}):
-        adapted = get_peft_model(model, RoadConfig(variant="road_1", target_modules=targets))
+        adapted = get_peft_model(model, config, **keywords)
     if type(adapted.base_model) is not RoadModel:
         raise RuntimeError(f"expected peft's own RoadModel, got {type(adapted.base_model)}")
     return adapted
+
+
+def _road_of_peft(model: PreTrainedModel, targets: list[str]) -> nn.Module:
+    from peft import RoadConfig
+
+    return with_road_of_peft(model, RoadConfig(variant="road_1", target_modules=targets))
 
 
 def _reference(

@@ -18,20 +18,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import environment, measure
+from benchmarks import measure
 from benchmarks.methods import LIMIT, METHODS, sharing_copy
+from benchmarks.results import provenance, spread, write
 from benchmarks.shapes import SHAPES, Shape, build_model, target_names
 from benchmarks.table import markdown
 
@@ -115,7 +112,7 @@ def measure_step_cost(
         raise RuntimeError("the shared base weights changed during the run: some method left its trace in them")
     for name, samples in seconds.items():
         ratios = [sample / limit for sample, limit in zip(samples, seconds[LIMIT], strict=True)]
-        entries[name] |= {"seconds": _spread(samples), "ratio": _spread(ratios)}
+        entries[name] |= {"seconds": spread(samples), "ratio": spread(ratios)}
         entries[name]["saved_ratio"] = entries[name]["saved_bytes"] / entries[LIMIT]["saved_bytes"]
     return entries
 
@@ -147,22 +144,6 @@ def _memory(step: _Step, device: str) -> dict[str, int]:
     }
     step.clear()
     return figures
-
-
-def _spread(samples: list[float]) -> dict[str, Any]:
-    if len(samples) == 1:
-        quartiles = [samples[0], samples[0]]
-    else:
-        low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
-        quartiles = [low, high]
-    return {"median": statistics.median(samples), "quartiles": quartiles, "samples": samples}
-
-
-def _write(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(draft, path)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -202,18 +183,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "repeats": arguments.repeats,
     }
     result = {
-        "format": FORMAT,
-        "benchmark": "step_cost",
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": environment.machine(arguments.device),
-        "versions": environment.versions(),
-        "commit": environment.commit(),
+        **provenance("step_cost", FORMAT, shape, arguments.device),
         "settings": {"shape": arguments.shape, **settings, "warm_up": _WARM_UP, "seed": _SEED},
-        "shape": asdict(shape),
         "methods": measure_step_cost(shape, arguments.methods, **settings),
     }
     if arguments.output:
-        _write(result, arguments.output)
+        write(result, arguments.output)
     print(markdown(result))
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["GOALS", "markdown"]
+__all__ = ["GOALS", "markdown", "origin"]
 
 _MEBIBYTE = 2**20
 
@@ -27,14 +27,20 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _setting(result: dict[str, Any]) -> str:
+    settings = result["settings"]
+    tokens = settings["batch"] * settings["sequence"]
+    return origin(result, f"{settings['batch']} x {settings['sequence']} = {tokens} tokens a step")
+
+
+def origin(result: dict[str, Any], work: str) -> str:
+    """Return the line above a table: model, work, machine, rounds, versions and commit."""
     machine, shape, settings = result["machine"], result["shape"], result["settings"]
     where = machine.get("accelerator") or f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores"
-    tokens = settings["batch"] * settings["sequence"]
     packages = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     return (
         f"{settings['shape']}: {shape['family']}, hidden {shape['hidden']}, intermediate {shape['intermediate']}, "
-        f"{shape['layers']} layers, vocabulary {shape['vocabulary']}; {settings['batch']} x {settings['sequence']} = {tokens} tokens a "
-        f"step, {settings['dtype']}, {where}; median of {settings['repeats']} interleaved rounds (quartiles); {packages}; "
+        f"{shape['layers']} layers, vocabulary {shape['vocabulary']}; {work}, {settings['dtype']}, {where}; "
+        f"median of {settings['repeats']} interleaved rounds (quartiles); {packages}; "
         f"commit {result['commit']['commit'][:12]}{' with changes' if result['commit']['modified'] else ''}."
     )
 

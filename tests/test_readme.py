@@ -32,12 +32,16 @@ BLOCKS = [
     )
 ]
 PYTHON = [(block, following) for block, following in pairwise(BLOCKS) if block.language == "python"]
+DISTRIBUTED = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
 COMMANDS = [
-    shlex.split(line, comments=True)[1:]
-    for block in BLOCKS
-    if block.language == "bash"
-    for line in block.code.splitlines()
-    if line.startswith("turnrow ")
+    words[words.index("turnrow") + 1 :]
+    for code in [
+        *(block.code for block in BLOCKS if block.language == "bash"),
+        *re.findall(r"^```bash\n(.*?)^```$", DISTRIBUTED, re.MULTILINE | re.DOTALL),
+    ]
+    for line in code.replace("\\\n", " ").splitlines()
+    # Alone, or started by torchrun on several processes.
+    if line.startswith(("turnrow ", "torchrun ")) and (words := shlex.split(line, comments=True))
 ]
 
 
@@ -58,7 +62,7 @@ def _help(command: str) -> str:
 def test_commands_and_options_exist(command: list[str]) -> None:
     name, *arguments = command
     overrides = list(dropwhile(lambda word: not word.startswith("--") or f"{word} " in _help(name), arguments))
-    if name == "train":
+    if name in ("train", "select"):
         assert Recipe.from_yaml(ROOT / arguments[arguments.index("--config") + 1], overrides)
     else:
         assert not overrides

@@ -12,6 +12,7 @@ from turnrow.tuners import (
     RocoftModel,
     count_parameters,
     register,
+    select,
 )
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "RocoftModel",
     "__version__",
     "count_parameters",
+    "select",
 ]
 
 register()

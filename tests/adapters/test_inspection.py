@@ -21,7 +21,7 @@ def test_golden_rows(write, golden_rows):
     assert summary.settings["mode"] == "row"
     assert [module.name for module in summary.modules] == ["first", "second"]
     first, second = summary.modules
-    assert (first.indices, second.indices) == ([2, 0], [1])
+    assert (first.indices, second.indices) == ({"row": [2, 0]}, {"row": [1]})
     assert (first.parameters, second.parameters, summary.parameters) == (12, 4, 16)
     assert first.norms["rocoft_row"] == pytest.approx(math.sqrt(sum(i * i for i in range(12))))
     assert second.norms == {"rocoft_row": 5.0}

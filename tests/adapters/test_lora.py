@@ -50,6 +50,13 @@ CASES = {
     "llama rows": ("make_llama", {"mode": "row"}, "CAUSAL_LM"),
     "llama columns": ("make_llama", {"mode": "column", "indices": [7, 2]}, "CAUSAL_LM"),
     "llama ranks": ("make_llama", {"rank_pattern": {"q_proj": 1, "layers.1.mlp.down_proj": 5}}, "CAUSAL_LM"),
+    "llama rows and columns": ("make_llama", {"mode": "row+column", "r": 2}, "CAUSAL_LM"),
+    "llama rows and columns by indices": (
+        "make_llama",
+        {"mode": "row+column", "indices": {"row": [3, 1], "column": [7, 2, 0]}},
+        "CAUSAL_LM",
+    ),
+    "gpt2 rows and columns": ("make_gpt2", {"mode": "row+column", "target_modules": ["c_attn", "c_proj"]}, "CAUSAL_LM"),
     "gpt2 rows": ("make_gpt2", {"mode": "row", "target_modules": ["c_attn", "c_proj"]}, "CAUSAL_LM"),
     "gpt2 columns": ("make_gpt2", {"mode": "column", "target_modules": ["c_fc"]}, "CAUSAL_LM"),
     "bert with its classifier": ("make_bert", {"target_modules": ["query", "dense"]}, "SEQ_CLS"),
@@ -71,10 +78,13 @@ def test_stock_peft_loads_it_with_a_change_of_every_weight_equal_to_ours(
     for name, tensors in modules.items():
         weight = base.get_submodule(name).weight
         change = torch.zeros_like(weight if not case.startswith("gpt2") else weight.T)
+        free = torch.ones(len(change), dtype=torch.bool)
         if "rocoft_row" in tensors:
             change[tensors["rocoft_row_index"]] = tensors["rocoft_row"]
-        else:
-            change[:, tensors["rocoft_column_index"]] = tensors["rocoft_column"]
+            free[tensors["rocoft_row_index"]] = False
+        if "rocoft_column" in tensors:
+            for column, values in zip(tensors["rocoft_column_index"], tensors["rocoft_column"].T, strict=True):
+                change[free, column] = values
         found = layers[name].get_delta_weight("default")
         assert torch.equal(found.T if case.startswith("gpt2") else found, change)
         assert layers[name].scaling["default"] == 1
@@ -124,6 +134,12 @@ def test_golden_shape_of_conv1d_is_marked_for_lora(tmp_path, make_gpt2, train_a_
 def test_road_is_refused_because_it_has_full_rank(write, golden_road, tmp_path):
     with pytest.raises(UserError, match=r"RoAd adapter.*full rank.*turnrow merge"):
         export_lora(write(*golden_road), tmp_path / "out")
+
+
+def test_entries_are_refused_because_they_have_full_rank(tmp_path, make_llama, train_a_little, save):
+    model = train_a_little(make_llama(), RocoftConfig(mode="entry", density=0.1, target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="changes single entries .* no LoRA holds it exactly"):
+        export_lora(save(model, tmp_path / "ours"), tmp_path / "out")
 
 
 def test_lora_is_refused_because_it_is_lora(tmp_path, make_llama, train_a_little, save):

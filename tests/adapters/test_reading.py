@@ -186,7 +186,7 @@ def test_tensors_that_do_not_fit_the_configuration_are_named(write, golden_rows,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mode": "rows"}, "mode is 'rows', allowed are 'row' and 'column'"),
+        ({"mode": "rows"}, "mode is 'rows', allowed are 'row', 'column', 'row.column', 'entry'"),
         ({"mode": ["row"]}, r"mode is \['row'\], allowed"),
         ({"mode": "column"}, "unexpected tensor 'rocoft_row' for mode 'column'"),
         ({"r": 4}, "module 'first': the file holds 2 rows, the configuration asks for r=4"),

@@ -45,7 +45,7 @@ def test_table_tells_method_base_indices_and_norm(adapter, capsys):
     assert facts["trained values"] == "20 in 1 modules and 1 parameters saved whole"
     assert facts["checked on loading"] == "sizes only (no turnrow.json)"
     (first,) = (line.split() for line in lines if line.strip().startswith("first "))
-    assert first == ["first", "2", "0", "12", "5", "float32"]
+    assert first == ["first", "row", "2", "0", "12", "5", "float32"]
 
 
 def test_json_is_the_whole_summary(adapter, capsys):
@@ -53,7 +53,7 @@ def test_json_is_the_whole_summary(adapter, capsys):
     summary = json.loads(capsys.readouterr().out)
     assert summary["method"] == "ROCOFT"
     (module,) = summary["modules"]
-    assert (module["name"], module["indices"], module["norms"]) == ("first", [2, 0], {"rocoft_row": 5.0})
+    assert (module["name"], module["indices"], module["norms"]) == ("first", {"row": [2, 0]}, {"rocoft_row": 5.0})
     assert summary["saved"][0]["name"] == "classifier.weight"
 
 

@@ -34,7 +34,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    for command in ("train", "evaluate", "predict", "inspect", "merge", "export-lora"):
+    for command in ("train", "select", "evaluate", "predict", "inspect", "merge", "export-lora"):
         assert f"    {command}" in printed
 
 

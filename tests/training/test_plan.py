@@ -18,11 +18,12 @@ from benchmarks.plan import Case, Run, make_checkpoint, recipe_fields
 from turnrow.errors import UserError
 from turnrow.tasks import ClassificationTask
 from turnrow.training import Plan, Recipe, plan
-from turnrow.training.base import load_base, load_skeleton
+from turnrow.training.base import load_base
 from turnrow.training.live_bytes import LiveBytes
 from turnrow.training.planning.candidates import candidates, title
 from turnrow.training.planning.largest import LARGEST, largest_batch
 from turnrow.training.planning.optimizer import optimizer_bytes
+from turnrow.training.skeleton import load_skeleton
 
 CPU = torch.device("cpu")
 CHECKPOINTING = next(

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 
 from turnrow.errors import UserError
 from turnrow.tasks import make_task
@@ -46,6 +48,29 @@ def test_without_a_validation_split_nothing_is_evaluated(make_recipe: MakeRecipe
     for training in ({"load_best_model_at_end": True}, {"eval_strategy": "steps"}):
         with pytest.raises(UserError, match=r"data\.validation is missing; name a file"):
             training_arguments(make_recipe(data=data, training=training), TASK, str(tmp_path))
+
+
+def test_one_process_uses_one_gpu_and_says_how_to_use_all(
+    make_recipe: MakeRecipe, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = TrainingArguments.__post_init__
+
+    def on_two_gpus(self: TrainingArguments) -> None:
+        made(self)
+        assert self.device
+        self._n_gpu = 2
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", on_two_gpus)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with caplog.at_level(logging.INFO, logger="turnrow"):
+        assert arguments(make_recipe, tmp_path).n_gpu == 1
+    assert "one of 2 GPUs is used; for all: torchrun --standalone --nproc_per_node 2" in caplog.text
+
+
+def test_the_recipe_stays_as_it_was_given(make_recipe: MakeRecipe, tmp_path: Any) -> None:
+    recipe = make_recipe(training={"fsdp": True, "fsdp_config": {"version": 2}})
+    assert training_arguments(recipe, TASK, str(tmp_path)).fsdp_config != {"version": 2}
+    assert recipe.training["fsdp_config"] == {"version": 2}
 
 
 def test_what_transformers_refuses_is_an_error_of_the_user(make_recipe: MakeRecipe, tmp_path: Any) -> None:

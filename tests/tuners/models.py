@@ -108,10 +108,71 @@ ARCHITECTURES: dict[str, Callable[[], tuple[nn.Module, dict]]] = {
 }
 
 
+def mixtral() -> tuple[nn.Module, dict]:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=24, max_position_embeddings=40, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    return MixtralForCausalLM(config), {"input_ids": _ids(), "labels": _ids()}
+
+
+def qwen2_moe() -> tuple[nn.Module, dict]:
+    """Has a shared expert beside the fused ones, with a gate of one output feature."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=24, max_position_embeddings=40, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=8,
+        shared_expert_intermediate_size=24,
+    )  # fmt: skip
+    return Qwen2MoeForCausalLM(config), {"input_ids": _ids(), "labels": _ids()}
+
+
+def gpt_oss() -> tuple[nn.Module, dict]:
+    """Stores its experts' weights as (in, out), and their biases."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        intermediate_size=24, max_position_embeddings=40, num_local_experts=4, num_experts_per_tok=2, eos_token_id=0,
+        pad_token_id=0,
+    )  # fmt: skip
+    return GptOssForCausalLM(config), {"input_ids": _ids(), "labels": _ids()}
+
+
+def llama4() -> tuple[nn.Module, dict]:
+    """Multiplies all experts at once, (in, out), and does not say which way round they are."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        intermediate_size=24, intermediate_size_mlp=24, max_position_embeddings=40, num_local_experts=4, num_experts_per_tok=1,
+        interleave_moe_layer_step=1, attention_chunk_size=32,
+    )  # fmt: skip
+    return Llama4ForCausalLM(config), {"input_ids": _ids(), "labels": _ids()}
+
+
+def jetmoe() -> tuple[nn.Module, dict]:
+    """Has experts in its attention too, one module for each weight, and does not say which way round they are."""
+    from transformers import JetMoeConfig, JetMoeForCausalLM
+
+    config = JetMoeConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8, intermediate_size=24,
+        max_position_embeddings=40, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    return JetMoeForCausalLM(config), {"input_ids": _ids(), "labels": _ids()}
+
+
+MIXTURES: dict[str, Callable[[], tuple[nn.Module, dict]]] = {f.__name__: f for f in (mixtral, qwen2_moe, gpt_oss)}
+OTHER_MIXTURES: dict[str, Callable[[], tuple[nn.Module, dict]]] = {f.__name__: f for f in (llama4, jetmoe)}
+
+
 def build(architecture: str, **to: torch.dtype) -> tuple[nn.Module, dict]:
     """The same random weights at every call. `dtype` casts model and floating-point inputs."""
     torch.manual_seed(0)
-    model, inputs = ARCHITECTURES[architecture]()
+    model, inputs = (ARCHITECTURES | MIXTURES | OTHER_MIXTURES)[architecture]()
     with torch.no_grad():
         for parameter in model.parameters():  # biases start at zero in transformers: give them something to lose
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -126,6 +187,11 @@ ROCOFT: dict[str, Callable[..., PeftConfig]] = {
     "column": lambda **kw: RocoftConfig(r=3, mode="column", **kw),
     "row-indices": lambda **kw: RocoftConfig(mode="row", indices=[7, 1], **kw),
     "column-indices": lambda **kw: RocoftConfig(mode="column", indices=[5, 11, 2], **kw),
+    "row+column": lambda **kw: RocoftConfig(r=3, mode="row+column", **kw),
+    "row+column-indices": lambda **kw: RocoftConfig(
+        mode="row+column", indices={"row": [7, 1], "column": [5, 0, 2]}, bias="none", **kw
+    ),
+    "entry": lambda **kw: RocoftConfig(mode="entry", density=0.1, **kw),
     "row-bias": lambda **kw: RocoftConfig(r=2, bias="rocoft_only", **kw),
     "column-all-biases": lambda **kw: RocoftConfig(r=2, mode="column", bias="all", **kw),
 }

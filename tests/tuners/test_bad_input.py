@@ -19,10 +19,21 @@ from turnrow.errors import UserError
         ({"r": -2}, r"r is -2; it must be"),
         ({"r": 1.5}, r"r is 1.5; it must be"),
         ({"r": True}, r"r is True; it must be"),
-        ({"mode": "rows"}, r"mode is 'rows'; it must be one of 'row', 'column'; did you mean 'row'"),
+        (
+            {"mode": "rows"},
+            r"mode is 'rows'; it must be one of 'row', 'column', 'row.column', 'entry'; did you mean 'row'",
+        ),
         ({"bias": "lora_only"}, r"bias is 'lora_only'; it must be one of 'none', 'rocoft_only', 'all'"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0"),
-        ({"indices": "first"}, r"indices is 'first'; it must be None, a list of numbers, or a dict"),
+        ({"indices": 3}, r"indices is 3; it must be None, a list of numbers, a dict .* or the path of a file"),
+        ({"indices": "first"}, r"indices is 'first', which is a strategy: say selection='first'"),
+        (
+            {"mode": "entry"},
+            r"density is None; mode 'entry' needs the share of entries to train, above 0 and at most 1",
+        ),
+        ({"mode": "entry", "density": 1.5}, r"density is 1.5; mode 'entry' needs"),
+        ({"mode": "entry", "density": True}, r"density is True; mode 'entry' needs"),
+        ({"density": 0.1}, r"density is 0.1, but mode 'row' trains whole rows: set r, or mode='entry'"),
         ({"layers_pattern": "h"}, r"layers_pattern is set but layers_to_transform is not"),
         (
             {"target_modules": ".*q_proj", "layers_to_transform": [0]},
@@ -42,6 +53,18 @@ def test_bad_fields_are_named_when_the_config_is_made(fields, message):
         (RocoftConfig(r=17, mode="column"), r"r is 17, but module '\S+' has only 16 columns .*rank_pattern"),
         (RocoftConfig(rank_pattern={"v_proj": 9}, target_modules=["v_proj"]), r"r is 9, but module 'model\S+v_proj' has only 8"),
         (RocoftConfig(indices=[0, 16], target_modules=["q_proj"]), r"'model.layers.0.self_attn.q_proj' contain 16, .*0 to 15"),
+        (
+            RocoftConfig(mode="row+column", indices=[1, 2], target_modules=["q_proj"]),
+            r"indices of module '\S+q_proj' are \[1, 2\]; mode 'row.column' needs \{'row': \[...\], 'column': \[...\]\}",
+        ),
+        (
+            RocoftConfig(mode="row+column", indices={"row": [1]}, target_modules=["q_proj"]),
+            r"are \{'row': \[1\]\}; mode 'row.column' needs",
+        ),
+        (
+            RocoftConfig(mode="entry", density=0.1, indices=[256], target_modules=["q_proj"]),
+            r"contain 256, which is out of range: it has 256 entries, numbered 0 to 255",
+        ),
         (RocoftConfig(indices=[1, 1], target_modules=["q_proj"]), r"name row 1 more than once"),
         (
             RocoftConfig(indices={"v_proj": [0], "q_prj": [1]}, target_modules=["q_proj", "v_proj"]),
@@ -102,13 +125,6 @@ def test_a_bad_second_adapter_leaves_the_first_alone():
         model.add_adapter("second", RocoftConfig(target_modules=["nothing"]))
     assert list(model.peft_config) == ["default"]
     assert torch.equal(output(model, inputs), adapted)
-
-
-def test_adapter_names_are_refused_instead_of_ignored():
-    model, inputs = build("llama")
-    model = get_peft_model(model, configure("row", model))
-    with pytest.raises(UserError, match="adapter_names does not work with RoCoFT"):
-        model(**inputs, adapter_names=["default", "default"])
 
 
 def test_an_adapter_of_another_shape_does_not_load(tmp_path):

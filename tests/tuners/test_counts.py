@@ -47,6 +47,20 @@ def test_llama_2_7b(mode, per_unit, r):
     assert count.total == 6_738_415_616 + r * per_unit + indices + rotary
 
 
+@pytest.mark.parametrize("r", [1, 3])
+def test_rows_and_columns_together_count_their_crossing_once(r):
+    model = get_peft_model(_llama_2_7b(), RocoftConfig(r=r, mode="row+column", target_modules=LLAMA))
+    crossings = 32 * 7 * r * r
+    assert count_parameters(model).trainable == r * (1_138_688 + 1_359_872) - crossings
+
+
+@pytest.mark.parametrize("density", [0.1, 0.01])
+def test_entries_are_the_share_of_each_weight_that_was_asked_for(density):
+    model = get_peft_model(_roberta_base(), RocoftConfig(mode="entry", density=density, target_modules=ROBERTA))
+    expected = 12 * (4 * round(density * 768 * 768) + 2 * round(density * 768 * 3072))
+    assert count_parameters(model).trainable == expected
+
+
 def test_road_on_llama_2_7b():
     outputs = 32 * (4 * 4096 + 2 * 11008 + 4096)
     for variant, parameters in (("road_1", outputs), ("road_2", 2 * outputs), ("road_4", 4 * outputs)):
@@ -110,3 +124,50 @@ def test_rank_pattern_gives_a_module_its_own_rank():
     assert by_name["1.self_attn.q_proj"] == 4
     assert by_name["0.self_attn.v_proj"] == 2
     assert by_name["1.self_attn.v_proj"] == 1
+
+
+def _mixture(config_class, model_class, **fields):
+    import transformers
+
+    with torch.device("meta"):
+        return getattr(transformers, model_class)(getattr(transformers, config_class)(**fields))
+
+
+@pytest.mark.parametrize("r", [1, 3])
+def test_experts_of_mixtral_8x7b_from_its_configuration(r):
+    # hidden 4096, intermediate 14336, 32 layers of 8 experts: the defaults
+    base = _mixture("MixtralConfig", "MixtralForCausalLM", hidden_size=4096, intermediate_size=14336)
+    total = sum(p.numel() for p in base.parameters())
+    assert total == 46_702_792_704  # as published for Mixtral-8x7B
+    gate_up, down = (2 * 14336, 4096), (4096, 14336)
+    config = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "r": r}
+    rows, columns, crossing = (
+        32 * 8 * r * sum(sizes) for sizes in ((gate_up[1], down[1]), (gate_up[0], down[0]), (r, r))
+    )
+    assert (rows, columns) == (4_718_592 * r, 8_388_608 * r)
+    for mode, expected in (("row", rows), ("column", columns), ("row+column", rows + columns - crossing)):
+        model = get_peft_model(
+            _mixture("MixtralConfig", "MixtralForCausalLM", hidden_size=4096, intermediate_size=14336),
+            RocoftConfig(mode=mode, **config),
+        )
+        count = count_parameters(model)
+        assert count.trainable == expected
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("mode", ["row", "column", "row+column", "entry"])
+def test_every_linear_layer_and_expert_of_a_qwen_mixture_counts(mode):
+    model, _ = build("qwen2_moe")
+    r, density = 3, 0.1
+    attention = [(16, 16), (8, 16), (8, 16), (16, 16)]
+    shared = [(24, 16), (24, 16), (16, 24)]
+    experts = 6 * [(16, 16), (16, 8)]
+    per_matrix = {
+        "row": lambda out, into: r * into,
+        "column": lambda out, into: r * out,
+        "row+column": lambda out, into: r * into + r * (out - r),
+        "entry": lambda out, into: round(density * out * into),
+    }[mode]
+    expected = 2 * sum(per_matrix(*shape) for shape in attention + shared + experts)
+    config = RocoftConfig(mode=mode, r=r, density=density if mode == "entry" else None)
+    assert count_parameters(get_peft_model(model, config)).trainable == expected

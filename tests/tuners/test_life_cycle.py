@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from tests.tuners.models import (
     ARCHITECTURES,
@@ -163,7 +165,7 @@ def test_merged_equals_what_was_trained(method, dtype):
     perturb(model)
     adapted = output(model, inputs)
     merged = output(model.merge_and_unload(safe_merge=True), inputs)
-    if method in ("row", "column", "row-indices", "column-indices"):
+    if method in ROCOFT and "bias" not in method:
         assert torch.equal(merged, adapted)  # the live weight is the merged weight, in any dtype
     else:
         tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.03}
@@ -231,7 +233,7 @@ def test_two_adapters_keep_apart(method):
     assert {n for n, p in model.named_parameters() if p.requires_grad and ".second" in n} == set()
 
 
-@pytest.mark.parametrize("mode", ["row", "column"])
+@pytest.mark.parametrize("mode", ["row", "column", "row+column", "entry"])
 def test_overlay_agrees_with_live(mode):
     def adapted(overlay: bool):
         model, inputs = build("llama")
@@ -247,7 +249,7 @@ def test_overlay_agrees_with_live(mode):
     live_output, live_gradients, live_model = adapted(False)
     overlay_output, overlay_gradients, overlay_model = adapted(True)
     torch.testing.assert_close(live_output, overlay_output)
-    assert len(live_gradients) == len(overlay_gradients) == 14
+    assert len(live_gradients) == len(overlay_gradients) == 14 * len(mode.split("+"))
     for live, overlay in zip(live_gradients, overlay_gradients, strict=True):
         torch.testing.assert_close(live, overlay)
     base = snapshot(build("llama")[0])
@@ -255,7 +257,7 @@ def test_overlay_agrees_with_live(mode):
     assert not identical(snapshot(live_model), base)
 
 
-@pytest.mark.parametrize("mode", ["row", "column"])
+@pytest.mark.parametrize("mode", ["row", "column", "row+column", "entry"])
 def test_several_active_adapters_add_up(mode):
     model, inputs = build("llama")
     base = snapshot(model)
@@ -359,3 +361,10 @@ def test_data_written_past_the_version_counter_is_seen_while_training():
         if parameter.requires_grad:
             parameter.data.add_(0.1)  # as some averaging callbacks do
     assert not torch.allclose(output(model, inputs), before)
+
+
+def test_every_layer_tells_its_features_as_those_of_peft_do():
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten(), nn.LayerNorm(4), nn.Linear(4, 6), nn.Linear(6, 2))
+    model = get_peft_model(model, RocoftConfig(r=1, bias="all", target_modules=["4"]))
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert [(layer.in_features, layer.out_features) for layer in layers] == [(3, 4), (4, 4), (4, 6), (6, 2)]

@@ -40,7 +40,12 @@ def test_only_rocoft_and_the_model_of_road_change_in_peft():
     for name, before in without["tables"].items():
         after = with_turnrow["tables"][name]
         changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
-        expected = {"CONFIG": {"ROCOFT"}, "PREFIX": {"ROCOFT"}, "TUNER": {"ROCOFT", "ROAD"}, "MIXED_MODEL": set()}
+        expected = {
+            "CONFIG": {"ROCOFT"},
+            "PREFIX": {"ROCOFT"},
+            "TUNER": {"ROCOFT", "ROAD"},
+            "MIXED_MODEL": {"ROCOFT", "ROAD"},
+        }
         assert changed == expected[name]
 
 

@@ -69,6 +69,51 @@ def test_outputs_gradients_and_training_agree_with_algorithm_1(mode, index, dtyp
             optimizer.zero_grad()
 
 
+def _masked_steps(network, mask, steps, lr):
+    """What an adapter trains, by plain means: the whole weight is a parameter and its gradient is masked."""
+    optimizer = torch.optim.AdamW([network.first.weight], lr=lr, weight_decay=0.0)
+    for x in steps:
+        network(x).square().mean().backward()
+        network.first.weight.grad.mul_(mask)
+        optimizer.step()
+        network.zero_grad()
+
+
+@pytest.mark.parametrize("mode", ["row", "column", "row+column", "entry"])
+def test_training_agrees_with_the_whole_weight_under_a_mask(mode):
+    torch.manual_seed(0)
+    network, reference = Network().double(), Network().double()
+    reference.load_state_dict(network.state_dict())
+    indices = {
+        "row": [4, 9],
+        "column": [7, 0],
+        "row+column": {"row": [4, 9], "column": [7, 0]},
+        "entry": [159, 3, 40, 41],
+    }
+    mask = torch.zeros(16, 10, dtype=torch.bool)
+    if "row" in mode:
+        mask[[4, 9]] = True
+    if "column" in mode:
+        mask[:, [7, 0]] = True
+    if mode == "entry":
+        mask.view(-1)[[159, 3, 40, 41]] = True
+    density = 0.025 if mode == "entry" else None
+    config = RocoftConfig(mode=mode, indices=indices[mode], density=density, target_modules=["first"])
+    ours = get_peft_model(network, config)
+    trained = [p for p in ours.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == mask.sum()  # the crossing of rows and columns counts once
+
+    steps = [torch.randn(4, 3, 10, dtype=torch.float64) for _ in range(5)]
+    optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.0)
+    for x in steps:
+        ours(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    _masked_steps(reference, mask, steps, lr=0.05)
+    merged = ours.merge_and_unload()
+    torch.testing.assert_close(merged.first.weight, reference.first.weight)
+
+
 @pytest.mark.parametrize("mode", ["row", "column"])
 def test_weight_decay_pulls_towards_the_pretrained_weights(mode):
     network = Network()
@@ -85,9 +130,11 @@ def test_weight_decay_pulls_towards_the_pretrained_weights(mode):
     torch.testing.assert_close(network.first.weight, before, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["row", "column"])
+@pytest.mark.parametrize("mode", ["row", "column", "row+column", "entry"])
 def test_functional_transforms_see_the_exact_jacobian(mode):
-    model = get_peft_model(Network().double(), RocoftConfig(mode=mode, r=2, target_modules=["first", "second"]))
+    density = 0.1 if mode == "entry" else None
+    config = RocoftConfig(mode=mode, r=2, density=density, target_modules=["first", "second"])
+    model = get_peft_model(Network().double(), config)
     parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     x = torch.randn(3, 10, dtype=torch.float64)
     jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)).sum(0))(parameters)

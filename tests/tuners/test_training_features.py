@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.tuners.models import METHODS, build, configure, perturb
+from tests.tuners.models import METHODS, build, configure, identical, output, perturb, snapshot
 from turnrow import RocoftConfig
 
 every_method = pytest.mark.parametrize("method", [m for m in METHODS if "bias" not in m])
@@ -18,6 +18,15 @@ every_method = pytest.mark.parametrize("method", [m for m in METHODS if "bias" n
 def _adapted(method, architecture="llama", **to):
     model, inputs = build(architecture, **to)
     model = get_peft_model(model, configure(method, model))
+    perturb(model)
+    return model.train(), inputs
+
+
+def _with_another(method):
+    base, inputs = build("llama")
+    config, other = configure(method, base), configure(method, base)
+    model = get_peft_model(base, config)
+    model.add_adapter("other", other)
     perturb(model)
     return model.train(), inputs
 
@@ -117,6 +126,76 @@ def test_two_forwards_before_one_backward(method):
     model.zero_grad()
     (model(**inputs).loss + model(**inputs).loss).backward()
     _close(_gradients(model), {n: 2 * g for n, g in once.items()}, rtol=1e-4, atol=1e-6)
+
+
+def _reference_pass(model, inputs):
+    with model.disable_adapter():
+        output(model, inputs)
+
+
+def _pass_of_another_adapter(model, inputs):
+    model.set_adapter("other")
+    output(model, inputs)
+    model.set_adapter("default")
+
+
+def _merge_and_unmerge(model, inputs):
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
+@every_method
+@pytest.mark.parametrize(
+    "interlude",
+    [_reference_pass, _pass_of_another_adapter, _merge_and_unmerge, lambda model, inputs: model.state_dict()],
+    ids=["reference pass", "other adapter", "merge and unmerge", "state_dict"],
+)
+def test_what_happens_between_forward_and_backward_changes_no_gradient(method, interlude):
+    model, inputs = _with_another(method)
+    base = snapshot(model)
+    model(**inputs).loss.backward()
+    undisturbed = _gradients(model)
+    model.zero_grad()
+    loss = model(**inputs).loss
+    interlude(model, inputs)
+    loss.backward()
+    _close(_gradients(model), undisturbed, rtol=1e-4, atol=1e-6)
+    with model.disable_adapter():
+        _close(snapshot(model), base, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["row", "column"])
+def test_after_a_backward_pass_under_another_adapter_the_base_is_as_it_was(mode):
+    model, inputs = _with_another(mode)
+    base = snapshot(model)
+    loss = model(**inputs).loss
+    model.set_adapter("other")
+    loss.backward()
+    assert identical(snapshot(model), base)
+
+
+@pytest.mark.parametrize("mode", ["row", "column"])
+@pytest.mark.parametrize("held", ["base", "frozen adapter", "two adapters"])
+def test_gradients_to_the_inputs_are_those_of_the_forward_pass(mode, held):
+    model, inputs = _with_another(mode)
+    x = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+
+    def forward():
+        if held == "base":
+            with model.disable_adapter():
+                return model(inputs_embeds=x).logits.sum()
+        if held == "frozen adapter":
+            model.set_adapter("default", inference_mode=True)
+        else:
+            model.base_model.set_adapter(["default", "other"])
+        return model(inputs_embeds=x).logits.sum()
+
+    (undisturbed,) = torch.autograd.grad(forward(), x)
+    loss = forward()
+    model.set_adapter("other")
+    output(model, inputs)
+    (dx,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(dx, undisturbed)
 
 
 class _LargestTensor(TorchDispatchMode):

@@ -12,7 +12,9 @@ from turnrow.adapters.loading import load_adapter
 from turnrow.adapters.lora import export_lora
 from turnrow.adapters.manifest import write_manifest
 from turnrow.adapters.merging import MergeResult, merge_adapter
+from turnrow.adapters.quantization import needed_package, quantization_config
 from turnrow.adapters.reading import read_adapter
+from turnrow.adapters.sharded import save_adapter, whole_state_dict
 
 __all__ = [
     "AdapterFile",
@@ -25,7 +27,11 @@ __all__ = [
     "load_base",
     "load_processor",
     "merge_adapter",
+    "needed_package",
+    "quantization_config",
     "read_adapter",
+    "save_adapter",
     "skeleton",
+    "whole_state_dict",
     "write_manifest",
 ]

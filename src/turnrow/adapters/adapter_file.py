@@ -49,6 +49,15 @@ class AdapterFile:
         return split_by_module(self.method, self.tensors)[0]
 
     @cached_property
+    def fused_weights(self) -> list[str]:
+        """Those of `modules` that are fused weights of experts, by name of the parameter (RoCoFT): their indices are (E, r)."""
+        return [
+            name
+            for name, tensors in self.modules.items()
+            if any(parameter.endswith("_index") and tensor.ndim == 2 for parameter, tensor in tensors.items())
+        ]
+
+    @cached_property
     def saved_modules(self) -> dict[str, torch.Tensor]:
         """Tensors of modules trained whole (`modules_to_save`, such as a classifier), by parameter name."""
         return split_by_module(self.method, self.tensors)[1]

@@ -1,4 +1,7 @@
-"""Load the base model that an adapter needs: the right class of transformers, in its own dtype, with the right labels."""
+"""Load the base model that an adapter needs: the right class of transformers, in its own dtype, with the right labels.
+
+A base that was quantized while it was loaded for training is quantized the same way again.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from turnrow.adapters.adapter_file import AdapterFile
+from turnrow.adapters.quantization import quantization_config
 from turnrow.errors import UserError
 
 __all__ = ["load_base", "load_processor", "skeleton"]
@@ -35,17 +39,20 @@ _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokeni
 def load_base(adapter: AdapterFile, base: str) -> PreTrainedModel:
     """Load the model at `base` (a folder or a Hub id) as the class that `adapter` was trained on, in the checkpoint's dtype.
 
+    Where the adapter was trained on a base that was quantized while loading, it is quantized so here too, from the same dtype.
+
     The class comes from the adapter's `task_type`, else from peft's `auto_mapping`, else from the base's `architectures`.
     Where the adapter brings a classifier, the number and names of the labels come from the adapter.
 
     Raises:
-        UserError: the base cannot be read, or names no class that transformers has.
+        UserError: the base cannot be read, names no class that transformers has, or the package that quantizes it is missing.
     """
     config = _base_config(adapter, base)
+    how: dict[str, Any] = {"dtype": "auto", **_quantization(adapter, config)}
     # a classifier of another size than the base's own is replaced by the adapter's
     try:
         return _model_class(adapter, config).from_pretrained(
-            base, config=config, dtype="auto", ignore_mismatched_sizes=bool(adapter.saved_modules)
+            base, config=config, ignore_mismatched_sizes=bool(adapter.saved_modules), **how
         )
     except (OSError, ValueError) as error:
         raise UserError(f"the base model {base!r} cannot be loaded: {error}") from error
@@ -76,6 +83,18 @@ def _base_config(adapter: AdapterFile, base: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(base, **_labels(adapter))
     except (OSError, ValueError) as error:
         raise UserError(f"the base model {base!r} cannot be read: {error}") from error
+
+
+def _quantization(adapter: AdapterFile, config: PretrainedConfig) -> dict[str, Any]:
+    """How the base was quantized, by the manifest; nothing for a checkpoint that is stored as it is quantized."""
+    held = adapter.manifest["base"] if adapter.manifest else {}
+    if not isinstance(held.get("quantization"), dict) or getattr(config, "quantization_config", None) is not None:
+        return {}
+    dtype = getattr(torch, str(held.get("dtype")), None)
+    return {
+        "quantization_config": quantization_config(held["quantization"]),
+        "dtype": dtype if isinstance(dtype, torch.dtype) else "auto",
+    }
 
 
 def _labels(adapter: AdapterFile) -> dict[str, Any]:

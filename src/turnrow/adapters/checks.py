@@ -6,24 +6,20 @@ for RoCoFT and RoAd every such case is an error here. The files of other methods
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from turnrow.adapters.adapter_file import AdapterFile
-from turnrow.adapters.fingerprint import fingerprint, weight_shape
+from turnrow.adapters.fingerprint import fingerprint, named_weights, weight_shape
 from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
+from turnrow.adapters.rocoft_checks import BIAS, check_rocoft, describe
 from turnrow.errors import UserError, near_matches
 
 __all__ = ["check_against_config", "check_against_model", "check_base", "check_finite"]
 
-# axis: the one of the delta that runs over the chosen rows (of the weight, (out, in)) or columns
-_ROCOFT_PARTS = {"row": ("rocoft_row", "rocoft_row_index", 0), "column": ("rocoft_column", "rocoft_column_index", 1)}
-_ROCOFT_BIAS = "rocoft_bias"
 _ROAD_NAMES = {"road_theta", "road_alpha"}
 # parameters per output feature
 _ROAD_SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}
@@ -49,7 +45,7 @@ def check_against_config(adapter: AdapterFile) -> None:
         )
     for module, tensors in adapter.modules.items():
         shape = adapter.base_prints[module].shape if module in adapter.base_prints else None
-        check = _check_rocoft if adapter.method == "ROCOFT" else _check_road
+        check = check_rocoft if adapter.method == "ROCOFT" else _check_road
         check(f"{path}: module {module!r}", module, tensors, adapter.config, shape)
 
 
@@ -73,7 +69,7 @@ def check_against_model(adapter: AdapterFile, model: torch.nn.Module) -> None:
     """
     if adapter.method not in ("ROCOFT", "ROAD"):
         return
-    named = dict(model.named_modules())
+    named = named_weights(model)
     for module, tensors in adapter.modules.items():
         if module not in named:
             hint = near_matches(module, named)
@@ -83,10 +79,10 @@ def check_against_model(adapter: AdapterFile, model: torch.nn.Module) -> None:
             raise UserError(
                 f"{_another_base(adapter)}: module {module!r}, a {type(named[module]).__name__}, has no weight"
             )
-        check = _check_rocoft if adapter.method == "ROCOFT" else _check_road
+        check = check_rocoft if adapter.method == "ROCOFT" else _check_road
         check(f"{_another_base(adapter)}: module {module!r}", module, tensors, adapter.config, shape)
-        if _ROCOFT_BIAS in tensors:
-            _check_bias(f"{_another_base(adapter)}: module {module!r}", tensors[_ROCOFT_BIAS], named[module])
+        if BIAS in tensors:
+            _check_bias(f"{_another_base(adapter)}: module {module!r}", tensors[BIAS], named[module])
     _check_saved_modules(adapter, model)
 
 
@@ -96,7 +92,7 @@ def check_base(adapter: AdapterFile, model: torch.nn.Module) -> None:
     Raises:
         UserError: names the first module that is missing or differs beyond rounding.
     """
-    named = dict(model.named_modules())
+    named = named_weights(model)
     for module, expected in adapter.base_prints.items():
         found = fingerprint(named[module], adapter.modules.get(module, {})) if module in named else None
         difference = "it is missing here" if found is None else expected.difference(found)
@@ -112,72 +108,11 @@ def _another_base(adapter: AdapterFile) -> str:
     return f"the adapter in {adapter.path} belongs to another base{name}"
 
 
-def _check_rocoft(
-    where: str, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], shape: tuple[int, ...] | None
-) -> None:
-    mode, bias = config.get("mode"), config.get("bias")
-    if mode not in list(_ROCOFT_PARTS):
-        raise UserError(f"{where}: the configuration's mode is {mode!r}, allowed are 'row' and 'column'")
-    name, index_name, axis = _ROCOFT_PARTS[mode]
-    unknown = sorted(set(tensors) - {name, index_name, _ROCOFT_BIAS})
-    if unknown:
-        raise UserError(f"{where}: unexpected tensor {unknown[0]!r} for mode {mode!r}")
-    if _ROCOFT_BIAS in tensors:
-        if bias not in ("rocoft_only", "all"):
-            raise UserError(f"{where}: {_ROCOFT_BIAS} is in the file, and the configuration says bias={bias!r}")
-        if tensors[_ROCOFT_BIAS].ndim != 1 or not tensors[_ROCOFT_BIAS].is_floating_point():
-            raise UserError(f"{where}: {_ROCOFT_BIAS} must be a vector, got {_describe(tensors[_ROCOFT_BIAS])}")
-        if bias == "all" and len(tensors) == 1:
-            return  # a module of which only the bias is trained
-    for key in (name, index_name):
-        if key not in tensors:
-            raise UserError(
-                f"{where}: the tensor {key!r} is missing (mode {mode!r}; the file has {', '.join(tensors)})"
-            )
-    delta, index = tensors[name], tensors[index_name]
-    if delta.ndim != 2 or not delta.is_floating_point():
-        raise UserError(f"{where}: {name} must be a floating-point matrix, got {_describe(delta)}")
-    if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32):
-        raise UserError(f"{where}: {index_name} must be a vector of int64, got {_describe(index)}")
-    if len(index) != delta.shape[axis]:
-        raise UserError(f"{where}: {index_name} has {len(index)} entries for the {delta.shape[axis]} {mode}s of {name}")
-    _check_rank(where, module, len(index), mode, config)
-    if shape is not None and len(shape) != 2:
-        raise UserError(f"{where}: its weight has shape {list(shape)}, {mode}s are of matrices")
-    _check_index(where, index_name, index.tolist(), None if shape is None else shape[axis])
-    if shape is not None and delta.shape[1 - axis] != shape[1 - axis]:
-        raise UserError(f"{where}: {name} is {_describe(delta)}, the weight is {shape[0]} x {shape[1]} (out x in)")
-
-
-def _check_rank(where: str, module: str, rank: int, mode: str, config: Mapping[str, Any]) -> None:
-    # with explicit indices the rank is as many as were given for the module
-    if config.get("indices"):
-        return
-    pattern = config.get("rank_pattern") or {}
-    try:
-        expected = pattern.get(get_pattern_key(list(pattern), module), config.get("r"))
-    except (AttributeError, TypeError, re.error) as error:
-        raise UserError(f"{where}: the configuration's rank_pattern {pattern!r} is unusable: {error}") from error
-    if rank != expected:
-        raise UserError(f"{where}: the file holds {rank} {mode}s, the configuration asks for r={expected}")
-
-
-def _check_index(where: str, name: str, index: list[int], size: int | None) -> None:
-    seen: set[int] = set()
-    for position in index:
-        if position < 0 or (size is not None and position >= size):
-            allowed = "0 or more" if size is None else f"0 to {size - 1}"
-            raise UserError(f"{where}: {name} holds {position}, out of range: allowed is {allowed}")
-        if position in seen:
-            raise UserError(f"{where}: {name} holds {position} twice; each row or column may be named once")
-        seen.add(position)
-
-
-def _check_bias(where: str, change: Tensor, module: torch.nn.Module) -> None:
+def _check_bias(where: str, change: Tensor, module: Any) -> None:
     bias = getattr(module, "bias", None)
     if not isinstance(bias, Tensor) or bias.shape != change.shape:
-        held = _describe(bias) if isinstance(bias, Tensor) else "no bias"
-        raise UserError(f"{where}: {_ROCOFT_BIAS} is {_describe(change)}, the module has {held}")
+        held = describe(bias) if isinstance(bias, Tensor) else "no bias"
+        raise UserError(f"{where}: {BIAS} is {describe(change)}, the module has {held}")
 
 
 def _check_road(
@@ -198,7 +133,7 @@ def _check_road(
         raise UserError(
             f"{where}: the tensors must be road_theta and road_alpha, the file has {', '.join(sorted(tensors))}"
         )
-    sizes = {name: _describe(tensors[name]) for name in sorted(_ROAD_NAMES)}
+    sizes = {name: describe(tensors[name]) for name in sorted(_ROAD_NAMES)}
     if (
         any(tensor.ndim != 1 or not tensor.is_floating_point() for tensor in tensors.values())
         or len(set(sizes.values())) != 1
@@ -233,7 +168,3 @@ def _check_saved_modules(adapter: AdapterFile, model: torch.nn.Module) -> None:
                 f"{_another_base(adapter)}: it saved {name!r} with shape {list(tensor.shape)}, here it has "
                 f"{list(held[name].shape)}{labels}"
             )
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

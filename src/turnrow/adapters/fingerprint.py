@@ -6,7 +6,8 @@ Of each adapted weight W (out x in) we keep its shape and 32 values at fixed pos
 
 the R2 sequence, which spreads over a rectangle without falling into its rows or columns
 (M. Roberts, "The Unreasonable Effectiveness of Quasirandom Sequences", 2018). For a RoCoFT adapter, half of the
-values come from the whole weight and half from its own rows or columns, where an adapter merged into the base shows.
+values come from the whole weight and half from its own rows, columns or entries, where an adapter merged into the base shows. Of
+experts whose weights are fused in one, the i-th value is taken from expert floor(E * frac(i / phi)), phi = 1.618....
 
 Two weights are taken for the same when every value agrees to within what rounding can do to it,
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,11 +34,13 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from turnrow.errors import UserError
+from turnrow.ops.experts import FusedWeight, fused_weights
 
-__all__ = ["WeightPrint", "fingerprint", "weight_shape"]
+__all__ = ["WeightPrint", "fingerprint", "is_plain", "named_weights", "weight_shape"]
 
 SAMPLES = 32
 _PLASTIC = 1.32471795724474602596
+_GOLDEN = (1 + math.sqrt(5)) / 2
 _RELATIVE, _ABSOLUTE = 2.0**-7, 2.0**-24
 
 
@@ -45,10 +49,10 @@ class WeightPrint:
     """What is kept of one base weight."""
 
     shape: tuple[int, ...]
-    """(out, in), also for transformers' Conv1D, whose stored weight is (in, out)."""
+    """(out, in), also for transformers' Conv1D, whose stored weight is (in, out); (E, out, in) for fused experts."""
 
     transposed: bool
-    """The module stores its weight as (in, out): a Conv1D."""
+    """The weight is stored as (in, out), as in a Conv1D, or (E, in, out)."""
 
     sample: torch.Tensor | None
     """(32,) float32, the values at the fixed positions; None for a weight that cannot be read as plain numbers."""
@@ -73,7 +77,7 @@ class WeightPrint:
             raise UserError(f"{where} is damaged: {type(error).__name__} {error}") from error
         if not all(isinstance(size, int) and size > 0 for size in shape) or not isinstance(transposed, bool):
             raise UserError(f"{where} is damaged: shape {value['shape']!r}, transposed {transposed!r}")
-        if sample is not None and (len(shape) != 2 or len(sample) != SAMPLES):
+        if sample is not None and (len(shape) not in (2, 3) or len(sample) != SAMPLES):
             raise UserError(
                 f"{where} is damaged: {len(sample)} values for a weight of shape {list(shape)}, {SAMPLES} are expected"
             )
@@ -95,38 +99,51 @@ class WeightPrint:
         return f"{len(wrong)} of {SAMPLES} sampled weights differ beyond rounding, the first is {here:.6g} here and was {there:.6g}"
 
 
-def fingerprint(module: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> WeightPrint | None:
+def named_weights(model: torch.nn.Module) -> dict[str, torch.nn.Module | FusedWeight]:
+    """The modules of `model` by name, and its fused weights of experts by the names of the parameters."""
+    found: dict[str, torch.nn.Module | FusedWeight] = dict(model.named_modules())
+    for name, module in model.named_modules():
+        found |= {f"{name}.{weight}": fused for weight, fused in fused_weights(module).items()}
+    return found
+
+
+def fingerprint(module: torch.nn.Module | FusedWeight, parameters: Mapping[str, torch.Tensor]) -> WeightPrint | None:
     """Take the fingerprint of a base module, which must hold its original weight at this moment.
 
     Args:
-        module: a linear layer (or another module with a `weight`), without adapter.
+        module: a linear layer (or another module with a `weight`), or a fused weight, without adapter.
         parameters: the adapter's tensors for this module; an index tensor of RoCoFT says which rows or columns are its own.
 
     Returns:
-        The fingerprint, or None if the module has no `weight`.
+        The fingerprint, or None if the module has no weight.
     """
     shape, weight = weight_shape(module), getattr(module, "weight", None)
-    if shape is None or not isinstance(weight, torch.Tensor):
+    if shape is None:
         return None
-    transposed = isinstance(module, Conv1D)
-    if not _is_plain(weight) or weight.ndim != 2 or not weight.numel():
+    transposed = module.transposed if isinstance(module, FusedWeight) else isinstance(module, Conv1D)
+    if not isinstance(weight, torch.Tensor) or not is_plain(weight) or not weight.numel():
         return WeightPrint(shape, transposed, None)
-    view = weight.detach().T if transposed else weight.detach()
+    if weight.ndim not in (2, 3) or weight.ndim != len(shape):
+        return WeightPrint(shape, transposed, None)
+    view = weight.detach().mT if transposed else weight.detach()
     return WeightPrint(shape, transposed, _sample(view, parameters))
 
 
-def weight_shape(module: torch.nn.Module) -> tuple[int, ...] | None:
-    """The shape of a module's weight as (out, in), whatever way it is stored or packed; None if it has no `weight`."""
+def weight_shape(module: torch.nn.Module | FusedWeight) -> tuple[int, ...] | None:
+    """The shape of a module's weight as (out, in), whatever way it is stored or packed; None if it has no weight.
+
+    That of a fused weight is (E, out, in).
+    """
+    if isinstance(module, FusedWeight):
+        return module.shape
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        return None
     if isinstance(module, Conv1D):
-        return tuple(weight.shape[::-1])
-    # a quantized weight is packed into another shape than the matrix it stands for
+        return tuple(module.weight.shape[::-1])
+    # a quantized weight is packed into another shape than the matrix it stands for, or goes by another name
     out_features, in_features = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if isinstance(out_features, int) and isinstance(in_features, int):
         return out_features, in_features
-    return tuple(weight.shape)
+    return tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
 
 
 def _encode(sample: torch.Tensor) -> str:
@@ -138,18 +155,32 @@ def _decode(text: str) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def _is_plain(weight: torch.Tensor) -> bool:
+def is_plain(weight: torch.Tensor) -> bool:
     """Whether the elements are the weights themselves: not packed, scaled, sharded or absent."""
     plain_type = type(weight) in (torch.Tensor, torch.nn.Parameter)
     return plain_type and weight.is_floating_point() and weight.element_size() >= 2 and not weight.is_meta
 
 
 def _sample(weight: torch.Tensor, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if weight.ndim == 3:
+        # each value as it would be in the fingerprint of its expert alone
+        experts = [int(len(weight) * (i / _GOLDEN % 1)) for i in range(1, SAMPLES + 1)]
+        of_expert = {
+            e: _sample(weight[e], {name: tensor[e] for name, tensor in parameters.items()}) for e in set(experts)
+        }
+        return torch.stack([of_expert[e][i] for i, e in enumerate(experts)])
     rows, columns = range(weight.shape[0]), range(weight.shape[1])
-    own_rows = parameters["rocoft_row_index"].tolist() if "rocoft_row_index" in parameters else rows
-    own_columns = parameters["rocoft_column_index"].tolist() if "rocoft_column_index" in parameters else columns
     positions = [_position(i, rows, columns) for i in range(1, SAMPLES // 2 + 1)]
-    positions += [_position(i, own_rows, own_columns) for i in range(SAMPLES // 2 + 1, SAMPLES + 1)]
+    rest = range(SAMPLES // 2 + 1, SAMPLES + 1)
+    if "rocoft_entry_index" in parameters:
+        own = parameters["rocoft_entry_index"].tolist()
+        positions += [divmod(own[int(len(own) * (i / _PLASTIC % 1))], weight.shape[1]) for i in rest]
+    else:
+        own_rows = parameters["rocoft_row_index"].tolist() if "rocoft_row_index" in parameters else None
+        own_columns = parameters["rocoft_column_index"].tolist() if "rocoft_column_index" in parameters else None
+        for i in rest:
+            in_rows = own_columns is None or (own_rows is not None and i % 2)  # with both trained by turns
+            positions.append(_position(i, own_rows or rows, columns) if in_rows else _position(i, rows, own_columns))
     at = torch.tensor(positions, device=weight.device)
     return weight[at[:, 0], at[:, 1]].float().cpu()
 

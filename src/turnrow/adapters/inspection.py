@@ -24,10 +24,11 @@ class ModuleSummary:
     name: str
 
     shape: list[int] | None
-    """(out, in) of the base weight; None without ``turnrow.json``."""
+    """(out, in) of the base weight, (E, out, in) of fused experts; None without ``turnrow.json``."""
 
-    indices: list[int] | None
-    """The rows or columns that are changed (RoCoFT); None for other methods."""
+    indices: dict[str, list[Any]] | None
+    """The rows, columns or entries (row * in + column) that are changed, by part (RoCoFT), a list for each expert where the weight has
+    several; None for other methods."""
 
     parameters: int
     """Number of trained values."""
@@ -119,11 +120,15 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterSummary:
 
 def _summary(name: str, tensors: Mapping[str, torch.Tensor], shape: list[int] | None) -> ModuleSummary:
     trained = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
-    index = next((tensor for key, tensor in tensors.items() if key.endswith("_index")), None)
+    indices = {
+        key.removeprefix("rocoft_").removesuffix("_index"): tensor.tolist()
+        for key, tensor in tensors.items()
+        if key.startswith("rocoft_") and key.endswith("_index")
+    }
     return ModuleSummary(
         name=name,
         shape=shape,
-        indices=None if index is None else index.tolist(),
+        indices=indices or None,
         parameters=sum(tensor.numel() for tensor in trained.values()),
         norms={key.rpartition(".")[2] if key == name else key: _norm(key, tensor) for key, tensor in trained.items()},
         dtypes=sorted({_dtype(tensor) for tensor in trained.values()}),

@@ -1,8 +1,9 @@
 """Write a RoCoFT adapter in the LoRA format, which every LoRA server reads, without loss.
 
 A change of r rows or columns is a LoRA of rank r whose other factor is one-hot (Delta = B A, `turnrow.ops`):
-rows A = delta (r, in), B (out, r) one-hot; columns A (r, in) one-hot, B = delta (out, r). With alpha = r the scaling is 1
-for every module, and each entry of B A is one product with 1 plus zeros, so it equals delta exactly.
+rows A = delta (r, in), B (out, r) one-hot; columns A (r, in) one-hot, B = delta (out, r); both together one above the
+other, of rank 2 r. With alpha = r the scaling is 1 for every module, and each entry of B A is one product with 1 plus zeros,
+so it equals delta exactly.
 
 The file keeps to what vLLM's loader accepts as well as peft's: plain `lora_A` and `lora_B` names, no biases, no modules
 trained whole but `classifier` and `score`.
@@ -11,6 +12,7 @@ trained whole but `classifier` and `score`.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from safetensors.torch import save_file
 
 from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.adapters.checks import check_against_model, check_finite
+from turnrow.adapters.expert_lora import expert_loras
 from turnrow.adapters.fingerprint import weight_shape
 from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
 from turnrow.adapters.reading import read_adapter
@@ -39,8 +42,9 @@ def export_lora(
     Args:
         path: the adapter's folder.
         out: a new or empty folder.
-        base: the base model, which may be on the meta device; needed only when the adapter has no ``turnrow.json``,
-            because a change of rows alone does not say how many rows the weight has.
+        base: the base model, which may be on the meta device; needed when the adapter has no ``turnrow.json``, because a
+            change of rows alone does not say how many rows the weight has, and when it trains fused experts, see
+            `turnrow.adapters.expert_lora`.
 
     Returns:
         The folder `out`.
@@ -55,11 +59,18 @@ def export_lora(
     if base is not None:
         check_against_model(adapter, base)
     tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in adapter.saved_modules.items()}
-    for module, (a, b) in _factors(adapter, base).items():
+    experts = expert_loras(adapter, base)
+    factors = _factors(adapter, base)
+    for module, (a, b) in factors.items():
         tensors[f"{KEY_PREFIX}{module}.lora_A.weight"] = a.contiguous()
         tensors[f"{KEY_PREFIX}{module}.lora_B.weight"] = b.contiguous()
+    for lora in experts.values():
+        tensors[f"{KEY_PREFIX}{lora.place}.lora_A.weight"] = lora.a
+        tensors[f"{KEY_PREFIX}{lora.place}.lora_B.weight"] = lora.b
+    ranks = {module: len(a) for module, (a, _) in factors.items()}
+    config = _lora_config(adapter, ranks, {name: lora.rank for name, lora in experts.items()})
     with new_folder(out) as folder:
-        _lora_config(adapter).save_pretrained(str(folder))
+        config.save_pretrained(str(folder))
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     return Path(out)
 
@@ -74,6 +85,11 @@ def _check_exportable(adapter: AdapterFile) -> None:
         )
     if adapter.method != "ROCOFT":
         raise UserError(f"{adapter.path} is a {adapter.method} adapter: only ROCOFT adapters have an exact LoRA form")
+    if adapter.config.get("mode") == "entry":
+        raise UserError(
+            f"{adapter.path} changes single entries of each weight, which in general is of full rank, so no LoRA holds it exactly. "
+            "Merge it into the base instead (`turnrow merge`)"
+        )
     biased = next((module for module, tensors in adapter.modules.items() if "rocoft_bias" in tensors), None)
     if biased is not None:
         raise UserError(
@@ -89,16 +105,26 @@ def _check_exportable(adapter: AdapterFile) -> None:
 
 
 def _factors(adapter: AdapterFile, base: torch.nn.Module | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    factors = {}
-    for module, tensors in adapter.modules.items():
-        out_features, in_features = _shape(adapter, module, base)
-        if adapter.config["mode"] == "row":
-            factors[module] = rows.lora_factors(tensors["rocoft_row"], tensors["rocoft_row_index"].long(), out_features)
-        else:
-            factors[module] = columns.lora_factors(
-                tensors["rocoft_column"], tensors["rocoft_column_index"].long(), in_features
-            )
-    return factors
+    return {
+        module: _factors_of(tensors, *_shape(adapter, module, base))
+        for module, tensors in adapter.modules.items()
+        if module not in adapter.fused_weights
+    }
+
+
+def _factors_of(
+    tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    pairs = []
+    rows_index = tensors["rocoft_row_index"].long() if "rocoft_row" in tensors else None
+    if rows_index is not None:
+        pairs.append(rows.lora_factors(tensors["rocoft_row"], rows_index, out_features))
+    if "rocoft_column" in tensors:
+        delta = tensors["rocoft_column"]
+        if rows_index is not None:
+            delta = columns.spread(delta, columns.others(rows_index, out_features), out_features)
+        pairs.append(columns.lora_factors(delta, tensors["rocoft_column_index"].long(), in_features))
+    return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
 
 
 def _shape(adapter: AdapterFile, module: str, base: torch.nn.Module | None) -> tuple[int, ...]:
@@ -113,13 +139,11 @@ def _shape(adapter: AdapterFile, module: str, base: torch.nn.Module | None) -> t
     return shape
 
 
-def _lora_config(adapter: AdapterFile) -> LoraConfig:
-    mode = adapter.config["mode"]
-    ranks = {module: len(tensors[f"rocoft_{mode}_index"]) for module, tensors in adapter.modules.items()}
-    r = max(ranks.values())
-    lower = {module: rank for module, rank in ranks.items() if rank != r}
+def _lora_config(adapter: AdapterFile, ranks: dict[str, int], ranks_of_experts: dict[str, int]) -> LoraConfig:
+    r = max([*ranks.values(), *ranks_of_experts.values()])
+    lower = {name: rank for name, rank in (ranks | ranks_of_experts).items() if rank != r}
     saved = sorted({part for name in adapter.saved_modules for part in name.split(".") if part in _ALLOWED_SAVED})
-    prints = adapter.base_prints.values()
+    prints = [adapter.base_prints[module] for module in ranks if module in adapter.base_prints]
     config = LoraConfig(
         task_type=adapter.config.get("task_type"),
         auto_mapping=adapter.config.get("auto_mapping"),
@@ -131,6 +155,7 @@ def _lora_config(adapter: AdapterFile) -> LoraConfig:
         rank_pattern=lower,
         alpha_pattern=dict(lower),
         modules_to_save=saved or None,
+        target_parameters=list(ranks_of_experts) or None,
         fan_in_fan_out=bool(prints) and all(print_.transposed for print_ in prints),
     )
     config.target_modules = sorted(ranks)  # peft makes a set of it, whose order in the file would be another every time

@@ -3,7 +3,8 @@
     format_version   1; a reader refuses a newer one
     versions         of turnrow, peft, transformers and torch at writing
     files            size in bytes and SHA-256 of adapter_model.safetensors
-    base             name, class, dtype, label names and, module by module, the fingerprint of the original weight
+    base             name, class, dtype, how it is quantized, label names and, module by module, the fingerprint of the
+                     original weight
     provenance       whatever the writer adds (recipe, metrics), JSON values
 
 An adapter without a manifest, from stock peft for instance, is read all the same; it only cannot be checked.
@@ -33,6 +34,7 @@ from turnrow.adapters.folder import (
     read_tensors,
     split_by_module,
 )
+from turnrow.adapters.quantization import describe_quantization
 from turnrow.adapters.writing import replace_text
 from turnrow.errors import UserError
 
@@ -190,6 +192,9 @@ def _describe_base(base: torch.nn.Module, *, has_head: bool) -> dict[str, Any]:
         "class": type(base).__name__,
         "dtype": None if weight is None else str(weight.dtype).removeprefix("torch."),
     }
+    quantization = describe_quantization(base)
+    if quantization is not None:
+        described["quantization"] = quantization
     if has_head and config is not None and getattr(config, "id2label", None):
         described["head"] = {"id2label": config.id2label, "problem_type": getattr(config, "problem_type", None)}
     return described

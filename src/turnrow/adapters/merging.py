@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
+from turnrow.adapters.fingerprint import is_plain, weight_shape
 from turnrow.adapters.loading import load_adapter
 from turnrow.adapters.reading import read_adapter
 from turnrow.adapters.writing import new_folder
 from turnrow.errors import UserError
+from turnrow.ops.rounding import MergeCost
 
 __all__ = ["MergeResult", "merge_adapter"]
 
@@ -34,6 +36,17 @@ class MergeResult:
 
     replaced: list[str]
     """Parameters that the adapter brought whole, such as a classifier's."""
+
+    costs: dict[str, MergeCost] = field(default_factory=dict)
+    """By module: what quantizing the merged weight anew has cost, where the base is quantized."""
+
+    unread: list[str] = field(default_factory=list)
+    """Modules with a quantized weight under a method that does not read it; they are left out of `changes`."""
+
+    @property
+    def cost(self) -> MergeCost:
+        """`costs` of all modules as if they were one."""
+        return MergeCost.sum(self.costs.values())
 
     @property
     def change_norm(self) -> float:
@@ -57,7 +70,8 @@ def merge_adapter(
 ) -> MergeResult:
     """Merge the adapter in `path` into `model` in memory and save the result to `out`, all of it or nothing.
 
-    Costs the model plus one weight in memory. The weights keep the dtype of `model`.
+    Costs the model plus one weight in memory. The weights keep the dtype of `model`. Quantized ones are quantized anew, and the
+    result says what that has cost; of those the originals stay in memory until the end.
 
     Args:
         model: the base model; it holds the merged weights afterwards.
@@ -67,46 +81,62 @@ def merge_adapter(
         check_base: as in `load_adapter`.
 
     Raises:
-        UserError: as `load_adapter`; `out` is not empty; a merged weight overflows the base's dtype.
+        UserError: as `load_adapter`; `out` is not empty; a merged weight overflows the base's dtype; the base is quantized in a
+            way that nothing can be merged into.
     """
     with new_folder(out) as folder:
         replaced = sorted(read_adapter(path).saved_modules)
         adapted = load_adapter(model, path, check_base=check_base)
-        changes = _merge_layers(adapted)
+        tuner: Any = adapted.base_model
+        tuner._check_merge_allowed()  # before the first weight is written
+        changes, costs, unread = _merge_layers(adapted)
         merged = _unload(adapted)
         merged.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)
-    return MergeResult(Path(out), changes, replaced)
+    return MergeResult(Path(out), changes, replaced, costs, unread)
 
 
-def _merge_layers(model: PeftModel) -> dict[str, tuple[float, float]]:
+def _merge_layers(model: PeftModel) -> tuple[dict[str, tuple[float, float]], dict[str, MergeCost], list[str]]:
     """Merge layer by layer, so that only one weight at a time is held twice to measure its change."""
-    changes = {}
+    changes, costs, unread = {}, {}, []
     for name, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
+        if not isinstance(layer, BaseTunerLayer) or not layer.adapter_layer_names:
+            continue  # a module with fused experts leaves it to the layers of its weights
         # nothing has run through the model since the adapter was loaded, so even a RoCoFT layer still holds W0
-        before = _float_parameters(layer)
+        before = _values(layer)
         layer.merge()
-        after = _float_parameters(layer, copy=False)
+        cost = getattr(layer, "merge_cost", None)
+        if cost is not None:
+            costs[name] = cost
+        if before is None:
+            unread.append(name)
+            continue
+        after = _values(layer, copy=False) or {}
         change = _norm({key: after[key].float() - before[key].float() for key in before})
         if not math.isfinite(change):
             raise UserError(f"merging gives NaN or infinite values in {name!r}: load the base in a wider dtype")
         changes[name] = (change, _norm(before))
-    return changes
+    return changes, costs, unread
 
 
 def _unload(model: PeftModel) -> PreTrainedModel:
     with warnings.catch_warnings():
-        # peft says this of the layers that were merged one by one
+        # peft says this of the layers that were merged one by one, and the tuner what the caller gets to know anyway
         warnings.filterwarnings("ignore", message="All adapters are already merged")
+        warnings.filterwarnings("ignore", message="merging has rounded")
         return model.merge_and_unload()
 
 
-def _float_parameters(layer: BaseTunerLayer, *, copy: bool = True) -> dict[str, torch.Tensor]:
-    parameters = layer.get_base_layer().named_parameters(recurse=False)
-    return {key: p.detach().clone() if copy else p.detach() for key, p in parameters if p.is_floating_point()}
+def _values(layer: BaseTunerLayer, *, copy: bool = True) -> dict[str, torch.Tensor] | None:
+    """Weight and bias under an adapter layer; None where the weight is quantized and the layer does not read it."""
+    base = layer.get_base_layer()
+    parameters = {key: p.detach() for key, p in base.named_parameters(recurse=False) if is_plain(p)}
+    if weight_shape(base) is not None and "weight" not in parameters:
+        if not hasattr(layer, "dense_values"):
+            return None
+        parameters["weight"] = layer.dense_values()
+    return {key: p.clone() if copy else p for key, p in parameters.items()}
 
 
 def _norm(tensors: dict[str, torch.Tensor]) -> float:

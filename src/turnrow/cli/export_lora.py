@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         metavar="MODEL",
-        help="folder or Hub id of the base; only its sizes are read, and only if there is no turnrow.json",
+        help="folder or Hub id of the base; only names and sizes are read, and only for fused experts or if there is no turnrow.json",
     )
 
 
@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> int:
     from turnrow.training.base import resolve_model
 
     adapter = read_adapter(args.adapter)
-    base = None if args.base is None or adapter.base_prints else skeleton(adapter, resolve_model(args.base))
+    needs_base = not adapter.base_prints or adapter.fused_weights
+    base = None if args.base is None or not needs_base else skeleton(adapter, resolve_model(args.base))
     out = export_lora(args.adapter, args.out, base=base)
     written = read_adapter(out)
     print(f"wrote {out}: LoRA of rank {written.config['r']} for {len(written.modules)} modules, scaling 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from turnrow.adapters import AdapterSummary, ModuleSummary
@@ -50,7 +50,7 @@ def _print_tables(summary: AdapterSummary) -> None:
         if value:
             facts.add_row(name, value)
     console.print(facts)
-    table = Table("module", "weight", "rows or columns", "values", "norm", "dtype", box=None, padding=(0, 1))
+    table = Table("module", "weight", "trained", "values", "norm", "dtype", box=None, padding=(0, 1))
     for entry in (*summary.modules, *summary.saved):
         table.add_row(*_cells(entry))
     console.print(table)
@@ -82,14 +82,18 @@ def _cells(entry: ModuleSummary) -> tuple[str, ...]:
     return (
         entry.name,
         "" if entry.shape is None else " x ".join(map(str, entry.shape)),
-        "" if entry.indices is None else _short_indices(entry.indices),
+        "; ".join(f"{part} {short_indices(index)}" for part, index in (entry.indices or {}).items()),
         f"{entry.parameters:,}",
         ", ".join(norms),
         ", ".join(entry.dtypes),
     )
 
 
-def _short_indices(indices: list[int], most: int = 8) -> str:
+def short_indices(indices: list[Any], most: int = 8) -> str:
+    """The first of some numbers, and how many there are; of lists for each expert those of the first."""
+    if indices and isinstance(indices[0], list):
+        same = all(of_expert == indices[0] for of_expert in indices)
+        return f"{short_indices(indices[0])} in {'each' if same else 'the first'} of {len(indices)} experts"
     shown = " ".join(map(str, indices[:most]))
     return f"{shown} ... ({len(indices)})" if len(indices) > most else shown
 

@@ -14,10 +14,11 @@ from types import ModuleType
 
 from turnrow import __version__
 from turnrow.errors import UserError, near_matches
+from turnrow.training.processes import is_first, let_others_speak
 
 __all__ = ["main"]
 
-_COMMANDS = ("train", "plan", "evaluate", "predict", "inspect", "merge", "export_lora")
+_COMMANDS = ("train", "plan", "select", "evaluate", "predict", "inspect", "merge", "export_lora")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands[args.command].error(f"unknown argument {rest[0]!r}{near_matches(rest[0].partition('=')[0], options)}")
     args.overrides = rest
     try:
-        with _messages_on_stderr(), warnings.catch_warnings():
+        with _messages_on_stderr(), _other_processes_first(), warnings.catch_warnings():
             # Between peft and transformers; nothing that a user of the command line could mend.
             warnings.filterwarnings(
                 "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
+        if is_first():
+            print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # For example `turnrow predict ... | head`. Python would complain once more when it closes stdout.
@@ -85,13 +87,16 @@ def _command(name: str) -> ModuleType:
 
 @contextmanager
 def _messages_on_stderr() -> Iterator[None]:
-    """Messages of turnrow (resumed from, deleted, finished) go to stderr as plain lines while a command runs."""
+    """Messages of turnrow (resumed from, deleted, finished) go to stderr as plain lines while a command runs.
+
+    Of several processes the first one speaks for all.
+    """
     logger = logging.getLogger("turnrow")
     level, propagate = logger.level, logger.propagate
     # Made anew for every command: a handler keeps the stderr of the moment it was made.
     handler = logging.StreamHandler()
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if is_first() else logging.ERROR)
     logger.propagate = False
     try:
         yield
@@ -99,3 +104,13 @@ def _messages_on_stderr() -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
+
+
+@contextmanager
+def _other_processes_first() -> Iterator[None]:
+    """One message for what goes wrong on several processes at once."""
+    try:
+        yield
+    except Exception as error:
+        let_others_speak(error)
+        raise

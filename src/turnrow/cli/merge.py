@@ -50,6 +50,13 @@ def run(args: argparse.Namespace) -> int:
     for name in largest:
         change, before = result.changes[name]
         print(f"  {name}: {change:.6g} of {before:.6g}")
+    if result.costs:
+        worst = sorted(result.costs, key=lambda name: result.costs[name].relative, reverse=True)[:3]
+        print(f"rounded {len(result.costs)} quantized weights anew: {result.cost}")
+        for name in worst:
+            print(f"  {name}: {result.costs[name]}")
+    if result.unread:
+        print(f"how much {len(result.unread)} quantized weights changed is not known: their method does not read them")
     if result.replaced:
         print(f"taken whole from the adapter: {', '.join(result.replaced)}")
     if processor is None:

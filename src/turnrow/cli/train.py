@@ -42,9 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, then show the figures."""
     from turnrow.training import Recipe, train
+    from turnrow.training.processes import is_first
 
     result = train(Recipe.from_yaml(args.config, args.overrides), resume=args.resume, overwrite=args.overwrite)
-    _show(result)
+    if is_first():
+        _show(result)
     return 0
 
 

@@ -5,11 +5,16 @@ Knows torch alone. Every equation of turnrow lives in this room; layers, merging
 - `delta`: a trained difference on top of kept values.
 - `rows`: train r rows of a weight matrix (RoCoFT).
 - `columns`: train r columns of a weight matrix (RoCoFT).
+- `entries`: train single entries of a weight matrix (RoCoFT's ablation).
+- `experts`: the same for the experts of a layer in one tensor.
 - `rotation`: rotate and scale pairs of output features (RoAd).
+- `batched`: the same for a batch in which every sample has an adapter of its own.
+- `rounding`: what quantizing a merged weight anew has cost.
+- `tokens`: sums over tokens, which every gradient above is.
 """
 
 from __future__ import annotations
 
-from turnrow.ops import columns, delta, rotation, rows
+from turnrow.ops import batched, columns, delta, entries, experts, rotation, rounding, rows
 
-__all__ = ["columns", "delta", "rotation", "rows"]
+__all__ = ["batched", "columns", "delta", "entries", "experts", "rotation", "rounding", "rows"]

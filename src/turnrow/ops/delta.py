@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
+
+import torch
 from torch import Tensor
 
-__all__ = ["adapted", "unviewed"]
+__all__ = ["BeforeBackward", "adapted", "unviewed", "without_autocast"]
+
+BeforeBackward: TypeAlias = Callable[[], None] | None
+"""Puts back what a weight held in the forward pass, before the backward pass reads it."""
 
 
 def adapted(kept: Tensor, delta: Tensor) -> Tensor:
@@ -25,3 +33,10 @@ def unviewed(y: Tensor) -> Tensor:
     if base is not None and base.numel() == y.numel() and base.is_contiguous() and y.is_contiguous():
         return base
     return y
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """The block computes in the dtypes it is given, on the device of `tensor`."""
+    device = tensor.device.type
+    # Entering the context costs more than asking whether it is needed.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

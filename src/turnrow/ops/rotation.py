@@ -38,6 +38,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from turnrow.ops.delta import without_autocast
+from turnrow.ops.tokens import token_product
+
 __all__ = [
     "Keep",
     "OutputWatch",
@@ -247,7 +250,7 @@ class _RotateOutput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         kept, theta, alpha = _saved(ctx)
-        with torch.autocast(dz.device.type, enabled=False):
+        with without_autocast(dz):
             blocks = coefficients(ctx.settings.variant, ctx.settings.group_size, theta, alpha)
             dh = rotate_values(dz, _transpose(blocks)) if ctx.needs_input_grad[0] else None
             d_theta, d_alpha = _parameter_gradients(ctx, kept, dz, theta, alpha, blocks)
@@ -269,7 +272,7 @@ class _RotatedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         z, theta, alpha, weight = _saved(ctx)
-        with torch.autocast(dz.device.type, enabled=False):
+        with without_autocast(dz):
             blocks = coefficients(ctx.settings.variant, ctx.settings.group_size, theta, alpha)
             dx = dz @ _rotate_rows(weight, blocks).to(dz.dtype) if ctx.needs_input_grad[0] else None
             d_theta, d_alpha = _parameter_gradients(ctx, z, dz, theta, alpha, blocks, first_parameter=3)
@@ -377,5 +380,5 @@ def _sum_tokens(a: Tensor, b: Tensor, c: Tensor | None = None, d: Tensor | None 
     if c is not None and d is not None:
         product.addcmul_(c.to(wide), d.to(wide), value=sign)
     # A product with a row of ones: on CPUs several times faster than a sum over the first dimension.
-    ones = product.new_ones(1, product.shape[0])
-    return (ones @ product.flatten(1)).view(product.shape[1:])
+    ones = product.new_ones(product.shape[0], 1)
+    return token_product(ones, product.flatten(1)).view(product.shape[1:])

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from turnrow.ops.delta import unviewed
+from turnrow.ops.delta import BeforeBackward, unviewed, without_autocast
+from turnrow.ops.tokens import token_product
 
 __all__ = ["attach_gradient", "keep", "lora_factors", "overlay", "put_", "shape"]
 
@@ -45,7 +46,9 @@ def overlay(y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tensor:
     return y.index_add(-1, index, change.to(y.dtype))
 
 
-def attach_gradient(y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tensor:
+def attach_gradient(
+    y: Tensor, x: Tensor, delta: Tensor, index: Tensor, before_backward: BeforeBackward = None
+) -> Tensor:
     """Give `delta` its gradient, d delta = dy[..., S]^T x, where y was computed with W that already holds delta.
 
     The value of y does not change, and no gradient of the whole W is ever formed. Keeps x for the backward pass (shared
@@ -56,12 +59,13 @@ def attach_gradient(y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tenso
         x: (..., in), input of the layer.
         delta: (r, in), the parameter.
         index: (r,) int64.
+        before_backward: called in the backward pass before W is read, which must then be what it was in the forward pass.
 
     Returns:
         y, now a function of delta for autograd.
     """
     whole = unviewed(y)
-    attached = _RowGradient.apply(whole, x, delta, index)
+    attached = _RowGradient.apply(whole, x, delta, index, before_backward)
     return attached if whole is y else attached.view(y.shape)
 
 
@@ -74,20 +78,25 @@ def lora_factors(delta: Tensor, index: Tensor, out_features: int) -> tuple[Tenso
 
 class _RowGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, delta: Tensor, index: Tensor, before_backward: BeforeBackward
+    ) -> Tensor:
         # delta is not needed in the backward pass; saving it lets autograd notice when an optimizer changed it between
         # forward and backward, as it would notice for a weight.
         ctx.save_for_backward(x, index, delta)
         ctx.mark_dirty(y)
+        ctx.before_backward = before_backward
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, index, delta = ctx.saved_tensors
+        if ctx.before_backward is not None:
+            ctx.before_backward()
         d_delta = None
         if ctx.needs_input_grad[2]:
-            with torch.autocast(dy.device.type, enabled=False):
+            with without_autocast(dy):
                 dy_s = dy.index_select(-1, index).to(x.dtype)  # (..., r)
-                d_delta = (dy_s.reshape(-1, dy_s.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).to(delta.dtype)
-        return dy, None, d_delta, None
+                d_delta = token_product(dy_s.reshape(-1, dy_s.shape[-1]), x.reshape(-1, x.shape[-1])).to(delta.dtype)
+        return dy, None, d_delta, None, None

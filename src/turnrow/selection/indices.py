@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from turnrow.errors import UserError
 
-__all__ = ["check_indices"]
+__all__ = ["check_indices", "plural"]
 
 
 def check_indices(indices: Sequence[int], size: int, *, what: str, module: str) -> Tensor:
@@ -18,7 +19,7 @@ def check_indices(indices: Sequence[int], size: int, *, what: str, module: str) 
     Args:
         indices: row or column numbers, each in 0 .. size - 1 and given once.
         size: number of rows or columns of the weight.
-        what: "row" or "column", for messages.
+        what: "row", "column" or "entry", for messages.
         module: name of the module, for messages.
 
     Raises:
@@ -32,10 +33,15 @@ def check_indices(indices: Sequence[int], size: int, *, what: str, module: str) 
     outside = [i for i in indices if not 0 <= i < size]
     if outside:
         raise UserError(
-            f"indices of module {module!r} contain {outside[0]}, which is out of range: it has {size} {what}s, "
+            f"indices of module {module!r} contain {outside[0]}, which is out of range: it has {size} {plural(what)}, "
             f"numbered 0 to {size - 1}"
         )
     if len(set(indices)) < len(indices):
-        twice = sorted({i for i in indices if list(indices).count(i) > 1})
+        twice = sorted(i for i, times in Counter(indices).items() if times > 1)
         raise UserError(f"indices of module {module!r} name {what} {twice[0]} more than once; give each {what} once")
     return torch.tensor(indices, dtype=torch.int64)
+
+
+def plural(what: str) -> str:
+    """Several of "row", "column" or "entry"."""
+    return "entries" if what == "entry" else f"{what}s"

@@ -28,6 +28,7 @@ class SequenceTask(Task):
 
     auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_task_type: ClassVar[str] = "SEQ_CLS"
+    mean_loss: ClassVar[bool] = True
 
     text: str | list[str]
     """The column of the text, or the two columns of a pair."""

@@ -56,6 +56,8 @@ class Task(ABC):
     """The columns of an encoded split that are labels (`TrainingArguments.label_names`)."""
     metric_names: ClassVar[tuple[str, ...]]
     """All that `metrics` may report; the first is the main one, unless the recipe chooses another."""
+    mean_loss: ClassVar[bool] = False
+    """Whether the loss of `auto_model` is the mean over the rows of a batch (and not over all tokens of a step)."""
     error_metrics: ClassVar[frozenset[str]] = frozenset()
     """Those of `metric_names` of which less is better."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +12,32 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from turnrow.errors import UserError
 from turnrow.tasks import Task, ready_to_pad, resolve_max_length
+from turnrow.training.quantization import (
+    make_quantization,
+    plain_conversion_errors,
+    prepare_quantized,
+    quantized_among,
+    spare,
+)
 from turnrow.training.quiet import without_load_report
 
 __all__ = [
     "Base",
-    "Skeleton",
+    "head_modules",
     "input_limit",
+    "keep_float32",
     "load_base",
-    "load_skeleton",
+    "load_model",
     "load_tokenizer",
+    "plain_errors",
     "position_limit",
     "resolve_model",
+    "whole_modules",
 ]
 
 _PREFIX = "package:"
@@ -46,15 +57,6 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     new_modules: tuple[str, ...]
     """Modules that the pretrained weights did not hold, such as a new classifier."""
-
-
-@dataclass(frozen=True)
-class Skeleton:
-    """A base model without weights, on the meta device."""
-
-    model: PreTrainedModel
-    new_modules: tuple[str, ...]
-    """As of `Base`."""
 
 
 def resolve_model(name: str) -> str:
@@ -87,99 +89,94 @@ def resolve_model(name: str) -> str:
 
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or of a hub id, with a padding token."""
-    with _plain_errors(location), without_load_report():
+    with plain_errors(location), without_load_report():
         return ready_to_pad(AutoTokenizer.from_pretrained(location))
 
 
-def load_base(name: str, task: Task, *, dtype: str = "float32", device_map: Any = None) -> Base:
+def load_base(
+    name: str,
+    task: Task,
+    *,
+    dtype: str = "float32",
+    quantization: str | Mapping[str, Any] | None = None,
+    device_map: Any = None,
+) -> Base:
     """Load a base model for a task; its head, which is trained, is float32 whatever `dtype`.
 
     Args:
         name: as in `Recipe.model`.
         task: fitted, so that it knows for example the number of labels.
         dtype: of the frozen weights.
+        quantization: as in `Recipe.quantization`. Modules that are trained whole are never quantized.
         device_map: as in `Recipe.device_map`.
 
     Raises:
-        UserError: no such model; or `device_map` leaves weights on the disk, or in the memory of the host while the model
-            runs on a GPU, where no gradient reaches them.
+        UserError: no such model; it cannot be quantized so, or not trained on; or `device_map` leaves weights on the disk, or
+            in the memory of the host while the model runs on a GPU, where no gradient reaches them.
     """
     location = resolve_model(name)
     tokenizer = load_tokenizer(location)
-    model, new_modules = _load(name, location, task.auto_model, task.model_kwargs(), dtype=dtype, device_map=device_map)
-    away = next((key for key, parameter in model.named_parameters() if parameter.is_meta), None)
-    if away is not None:
-        raise UserError(
-            f"device_map is {device_map!r}, which offloads {away!r} from the device that computes; training needs every "
-            "weight there: name devices with enough memory, or take a smaller dtype"
-        )
+    config = make_quantization(quantization, getattr(torch, dtype))
+    settings = {"dtype": dtype, "device_map": device_map, **task.model_kwargs()}
+    model, new_modules = load_model(name, location, task.auto_model, quantization=config, **settings)
+    heads = head_modules(model, new_modules)
+    if getattr(model, "hf_quantizer", None) is not None:  # by the recipe, or because it was saved like that
+        if config is not None and (taken := quantized_among(model, heads)):
+            spared = spare(config, model, taken)
+            model, new_modules = load_model(name, location, task.auto_model, quantization=spared, **settings)
+        prepare_quantized(model)
+    _refuse_offloaded(model, device_map)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    for module_name in heads:
+        keep_float32(model.get_submodule(module_name))
     return Base(model, tokenizer, new_modules)
 
 
-def load_skeleton(name: str, auto_model: str, settings: Mapping[str, Any], *, dtype: str = "float32") -> Skeleton:
-    """What `load_base` would load, on the meta device: no weight is read, none is downloaded.
+def load_model(
+    name: str,
+    location: str,
+    auto_model: str,
+    *,
+    dtype: str,
+    quantization: QuantizationConfigMixin | None = None,
+    **how: Any,
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The model by transformers' class `auto_model`, and the modules that its weights did not hold.
 
     Args:
-        name: as in `Recipe.model`; a folder may hold nothing but ``config.json``.
+        name: of the model, for errors.
+        location: as `resolve_model` returned it.
         auto_model: as in `Task.auto_model`.
-        settings: as of `Task.model_kwargs`.
-        dtype: of the frozen weights.
+        dtype: of the weights.
+        quantization: as `make_quantization` returned it.
+        how: further arguments of `from_pretrained`.
 
     Raises:
-        UserError: there is no such model, or it cannot be had without network.
+        UserError: it cannot be had, or not be quantized so.
     """
-    location = resolve_model(name)
-    try:
-        # Reads the names and sizes in the headers of the files, as far as there are any here.
-        model, new_modules = _load(
-            name, location, auto_model, settings, dtype=dtype, device_map="meta", local_files_only=True
-        )
-    except UserError:
-        with _plain_errors(name), without_load_report():
-            config = AutoConfig.from_pretrained(location, **settings)
-            with torch.device("meta"):
-                model = getattr(transformers, auto_model).from_config(config, dtype=getattr(torch, dtype))
-        new_modules = _settle_heads(model, _absent_by_architecture(model))
-    return Skeleton(model, new_modules)
-
-
-def _load(
-    name: str, location: str, auto_model: str, settings: Mapping[str, Any], *, dtype: str, **how: Any
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    with _plain_errors(name), without_load_report():
+    if quantization is not None:
+        how["quantization_config"] = quantization
+    with plain_errors(name), plain_conversion_errors(name, quantization), without_load_report():
         model, loaded = getattr(transformers, auto_model).from_pretrained(
             location,
             dtype=getattr(torch, dtype),
             # A base that was fine-tuned for another number of labels gets a new head.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **settings,
             **how,
         )
-    return model, _settle_heads(model, {*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])})
+    absent = {*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])}
+    return model, whole_modules(model, absent)
 
 
-def _settle_heads(model: PreTrainedModel, absent: set[str]) -> tuple[str, ...]:
-    """Put what will be trained whole into float32; returns the modules all of whose parameters are in `absent`."""
-    new_modules = _whole_modules(model, absent)
-    for module_name, module in model.named_modules():
-        if module_name in (*new_modules, *_HEADS):
-            _keep_float32(module)
-    return new_modules
-
-
-def _absent_by_architecture(model: PreTrainedModel) -> set[str]:
-    """Parameters that the model named in the config does not have, and so neither does its checkpoint."""
-    stored = getattr(transformers, (model.config.architectures or [""])[0], None)
-    prefix = f"{model.base_model_prefix}."
-    # A name out of a file may choose among transformers' models, nothing else.
-    if not (isinstance(stored, type) and issubclass(stored, PreTrainedModel)):
-        return {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
-    with torch.device("meta"):
-        names = {name.removeprefix(prefix) for name, _ in stored(model.config).named_parameters()}
-    return {name for name, _ in model.named_parameters() if name.removeprefix(prefix) not in names}
+def _refuse_offloaded(model: PreTrainedModel, device_map: Any) -> None:
+    away = next((key for key, parameter in model.named_parameters() if parameter.is_meta), None)
+    if away is not None:
+        raise UserError(
+            f"device_map is {device_map!r}, which offloads {away!r} from the device that computes; training needs every "
+            "weight there: name devices with enough memory, or take a smaller dtype"
+        )
 
 
 def input_limit(max_length: int | None, base: Base) -> int:
@@ -224,7 +221,13 @@ def _check_digest(weights: Path, expected: str, extra: str) -> None:
         )
 
 
-def _whole_modules(model: PreTrainedModel, absent: set[str]) -> tuple[str, ...]:
+def head_modules(model: PreTrainedModel, new_modules: Iterable[str]) -> list[str]:
+    """The names of the modules that are trained whole: the new ones, and the head that peft trains by itself."""
+    wanted = {*new_modules, *_HEADS}
+    return [name for name, _ in model.named_modules() if name in wanted]
+
+
+def whole_modules(model: PreTrainedModel, absent: set[str]) -> tuple[str, ...]:
     """The largest modules all of whose parameters are in `absent`."""
     names = [name for name, _ in model.named_parameters()]
 
@@ -237,7 +240,8 @@ def _whole_modules(model: PreTrainedModel, absent: set[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(largest(name) for name in names if name in absent))
 
 
-def _keep_float32(module: torch.nn.Module) -> None:
+def keep_float32(module: torch.nn.Module) -> None:
+    """Put a module into float32, and what it is handed too."""
     module.float()
 
     def match_input(module: torch.nn.Module, args: tuple) -> tuple:
@@ -248,7 +252,8 @@ def _keep_float32(module: torch.nn.Module) -> None:
 
 
 @contextmanager
-def _plain_errors(name: str) -> Iterator[None]:
+def plain_errors(name: str) -> Iterator[None]:
+    """Say in one line why the model `name` cannot be loaded (UserError)."""
     try:
         yield
     except UserError:

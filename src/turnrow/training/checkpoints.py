@@ -17,9 +17,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from turnrow.errors import UserError
 from turnrow.training.folder import write_json
+from turnrow.training.processes import wait_for_all
 
-__all__ = ["SealAndRotate", "discard_incomplete", "is_complete", "last_complete", "seal"]
+__all__ = ["SealAndRotate", "check_processes", "discard_incomplete", "is_complete", "last_complete", "seal"]
 
 SEAL = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -37,8 +39,13 @@ class SealAndRotate(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Seal the checkpoint just written, then delete old ones."""
-        if not args.should_save:
-            return
+        # Each process writes the state of its own random numbers; and none may end before the seal is set.
+        wait_for_all()
+        if args.should_save:
+            self._seal_and_rotate(args, state)
+        wait_for_all()
+
+    def _seal_and_rotate(self, args: TrainingArguments, state: TrainerState) -> None:
         folder = Path(str(args.output_dir))
         newest = folder / f"checkpoint-{state.global_step}"
         seal(newest)
@@ -75,6 +82,22 @@ def is_complete(checkpoint: Path) -> bool:
 def last_complete(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step in `folder`, or None."""
     return next((path for path in reversed(_checkpoints(folder)) if is_complete(path)), None)
+
+
+def check_processes(checkpoint: Path, processes: int) -> None:
+    """Refuse to go on from a checkpoint with another number of processes: the batches would be other ones.
+
+    Raises:
+        UserError: names both numbers.
+    """
+    # Trainer keeps the state of the random numbers in rng_state.pth, or of several processes in rng_state_0.pth and on.
+    before = len(list(checkpoint.glob("rng_state*.pth")))
+    if before not in (0, processes):
+        raise UserError(
+            f"{checkpoint} was written by a run of {before} process{'es' * (before > 1)}, and this one has {processes}; go on "
+            f"with `torchrun --standalone --nproc_per_node {before} -m turnrow train ... --resume`"
+            + (" or, for one process, plain `turnrow train`" if before == 1 else "")
+        )
 
 
 def discard_incomplete(folder: Path) -> list[Path]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from turnrow.training.processes import any_process
+
 __all__ = ["Interrupted", "StopOnInterrupt"]
 
 
@@ -20,11 +22,13 @@ class Interrupted(KeyboardInterrupt):
 class StopOnInterrupt(TrainerCallback):
     """Turns the first Ctrl-C into a checkpoint at the end of the step, followed by `Interrupted`.
 
-    A second Ctrl-C stops at once, without a new checkpoint.
+    A second Ctrl-C stops at once, without a new checkpoint. Of several processes all stop after the same step.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self._asked = False
+        self._stops = False
+        """Whether one of the processes was asked; all of them agree on it."""
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -40,23 +44,25 @@ class StopOnInterrupt(TrainerCallback):
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _ask(self, number: int, frame: object) -> None:
-        self.asked = True
+        self._asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a checkpoint, if the user wants to stop."""
+        self._stops = any_process(self._asked, args.device)
         # The last step of an epoch is followed by its evaluation; a checkpoint before that would lose it on resume.
-        if self.asked and state.epoch % 1:
+        if self._stops and state.epoch % 1:
             control.should_save = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ask for a checkpoint, if the user wants to stop."""
-        if self.asked:
+        self._stops = any_process(self._asked, args.device)
+        if self._stops:
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop, now that the checkpoint is whole."""
-        if self.asked:
+        if self._stops:
             raise Interrupted(f"interrupted after step {state.global_step} of {state.max_steps}")

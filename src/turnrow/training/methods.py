@@ -11,8 +11,9 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import PreTrainedModel
 
 from turnrow.errors import UserError, near_matches
-from turnrow.training.base import Base, Skeleton
+from turnrow.training.base import Base
 from turnrow.training.options import check_names, check_options
+from turnrow.training.skeleton import Skeleton
 
 __all__ = ["apply_method", "check_method", "method_config", "method_names"]
 

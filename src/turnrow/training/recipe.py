@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -40,6 +40,7 @@ _TOP_LEVEL = {
     "data_seed": "the recipe's seed orders the data too",
     "full_determinism": "every run is seeded and deterministic already",
     "resume_from_checkpoint": "resume with the flag --resume",
+    "deepspeed": "a run is sharded by training.fsdp; docs/distributed.md shows DeepSpeed in a program of your own",
     "do_train": "a run always trains",
     "do_eval": "set eval_strategy instead",
     "do_predict": "a run always predicts the test split",
@@ -76,6 +77,10 @@ class Recipe:
     """``rocoft``, ``road``, ``full``, ``head`` or any peft method by ``name``, and the fields of its config."""
     training: Section = field(default_factory=dict)
     """Arguments of ``transformers.TrainingArguments``, by their own names."""
+    calibration_samples: int = 256
+    """How many training rows a selection by data (``method.selection``) looks at: the first in the order of training."""
+    reselection: Section | None = None
+    """Train other rows or columns every so many steps: ``every``, ``strategy``, ``budget``, ``samples``; method rocoft."""
     max_length: int | None = None
     """Longest input in tokens, longer ones are cut; by default what the tokenizer and the model allow."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -83,6 +88,9 @@ class Recipe:
     device_map: int | str | Section | None = None
     """Where the weights are loaded to, shard by shard: a device (``cpu``, ``cuda:1``), ``auto``, or a mapping from modules
     to devices. By default to the memory of the host, from where the Trainer moves the model. Nothing may go to disk."""
+    quantization: str | Section | None = None
+    """Quantize the frozen linear layers while loading: ``nf4``, ``int8`` (bitsandbytes), ``torchao_int8``, ``torchao_int4``, or
+    a mapping in the words of transformers' ``quantization_config``."""
     seed: int = 0
     """Seeds the new head, the order of the data and dropout."""
     output_dir: str
@@ -103,9 +111,15 @@ class Recipe:
             "method": _method_options(self.method),
             "training": _training_options(self.training),
             "device_map": deepcopy(self.device_map),
+            "quantization": _quantization(self.quantization),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        if self.reselection is not None:
+            from turnrow.training.reselection import Reselection
+
+            checked_section = Reselection.from_dict(self.reselection, self.method)
+            object.__setattr__(self, "reselection", asdict(checked_section))
         _check_scalars(self)
 
     @classmethod
@@ -122,7 +136,7 @@ class Recipe:
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         """Read a recipe file and apply overrides of the command line.
 
-        Relative paths of data files and of the model are looked up from the current directory, as a shell user expects,
+        Relative paths of data files, of the model and of ``method.indices`` are looked up from the current directory, as a shell user expects,
         and, where there is nothing of that name, from the recipe's own folder. `output_dir` is always relative to the
         current directory.
 
@@ -135,7 +149,7 @@ class Recipe:
             UserError: no such file, broken YAML, or anything that `Recipe` itself refuses.
         """
         path = Path(path)
-        return _relocate(cls.from_dict(_parse(path, overrides), where=str(path)), path.parent)
+        return cls.from_dict(_relocate(_parse(path, overrides), path.parent), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, in the order of the fields; ``Recipe.from_dict`` reads them back."""
@@ -243,7 +257,17 @@ def _method_options(method: Any) -> dict[str, Any]:
 def _training_options(training: Any) -> dict[str, Any]:
     from transformers import TrainingArguments
 
-    return check_options(_section(training, "training"), TrainingArguments, "training", reserved=_TOP_LEVEL)
+    options = _section(training, "training")
+    if options.get("fsdp") is True:
+        # What transformers wants is not what it declares; its own command line has the same trouble.
+        options["fsdp"] = "true"
+    return check_options(options, TrainingArguments, "training", reserved=_TOP_LEVEL)
+
+
+def _quantization(value: Any) -> Any:
+    from turnrow.training.quantization import check_quantization
+
+    return check_quantization(value)
 
 
 def _check_scalars(recipe: Recipe) -> None:
@@ -259,7 +283,13 @@ def _check_scalars(recipe: Recipe) -> None:
             "leave dtype out, and set training.bf16: true for mixed precision"
         )
     _check_device_map(recipe.device_map)
+    if recipe.method["name"] == "full" and recipe.quantization is not None:
+        raise UserError(
+            f"method full trains every weight, and quantized ones cannot be trained, but quantization is {recipe.quantization!r}; "
+            "leave quantization out, or train an adapter such as method: {name: rocoft, mode: row, r: 3}"
+        )
     _check_integer("seed", recipe.seed, 0, 2**32 - 1)
+    _check_integer("calibration_samples", recipe.calibration_samples, 1, 2**31 - 1)
     if recipe.max_length is not None:
         _check_integer("max_length", recipe.max_length, 1, 2**31 - 1)
 
@@ -284,9 +314,14 @@ def _check_integer(name: str, value: object, lowest: int, highest: int) -> None:
         raise UserError(f"{name} is {value!r}; expected an integer from {lowest} to {highest}")
 
 
-def _relocate(recipe: Recipe, folder: Path) -> Recipe:
-    def found(name: str) -> str:
-        return name if Path(name).exists() or not (folder / name).exists() else os.path.normpath(folder / name)
+def _relocate(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    def found(name: Any) -> Any:
+        if not isinstance(name, str) or not name or Path(name).exists() or not (folder / name).exists():
+            return name
+        return os.path.normpath(folder / name)
 
-    data = DataFiles(**{name: found(value) for name, value in asdict(recipe.data).items() if value is not None})
-    return replace(recipe, model=found(recipe.model), data=data)
+    moved = values | {"model": found(values.get("model"))}
+    for section, names in (("data", [f.name for f in fields(DataFiles)]), ("method", ["indices"])):
+        if isinstance(held := values.get(section), dict):
+            moved[section] = held | {name: found(held[name]) for name in names if name in held}
+    return moved

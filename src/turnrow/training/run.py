@@ -13,22 +13,28 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainerState
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from turnrow import __version__, count_parameters
+from turnrow.adapters import whole_state_dict
+from turnrow.selection import Selection
 from turnrow.tasks import Task, make_task, read_table
 from turnrow.training.base import input_limit, load_base
-from turnrow.training.checkpoints import SealAndRotate, discard_incomplete, last_complete
+from turnrow.training.calibration import calibrate, model_columns
+from turnrow.training.checkpoints import SealAndRotate, check_processes, discard_incomplete, last_complete
 from turnrow.training.folder import RunFolder, write_json, write_lines
 from turnrow.training.interrupt import Interrupted, StopOnInterrupt
 from turnrow.training.measure import peak_memory, reset_peak_memory
 from turnrow.training.methods import apply_method
+from turnrow.training.processes import from_first, is_first
 from turnrow.training.progress import ProgressBars
 from turnrow.training.quiet import without_dataset_bars, without_weight_bars
 from turnrow.training.recipe import Recipe
+from turnrow.training.reselection import Reselect, Reselection
 from turnrow.training.saved import SavedModel, prediction_rows, save_run, write_predictions
 from turnrow.training.seeding import deterministic
 from turnrow.training.trainer import evaluation_arguments, kept_checkpoints, make_trainer, training_arguments
+from turnrow.tuners import unite
 
 __all__ = ["RunResult", "train"]
 
@@ -62,6 +68,8 @@ class _Split:
 def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> RunResult:
     """Fine-tune as `recipe` says, and evaluate on the test split before and after.
 
+    Started by ``torchrun``, all processes train and evaluate together; the first one writes the folder, and the figures are its.
+
     Args:
         recipe: what to do.
         resume: continue the run that ``recipe.output_dir`` holds from its last complete checkpoint; on CPU, with the same
@@ -78,33 +86,36 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> RunR
         Interrupted: Ctrl-C; the text says how to go on.
     """
     folder = RunFolder(Path(recipe.output_dir))
-    folder.check(recipe, resume=resume, overwrite=overwrite)
-    if resume and folder.metrics.exists():
-        log.info("the run in %s is finished already", folder.root)
-        return RunResult(folder, json.loads(folder.metrics.read_text(encoding="utf-8")))
-    with deterministic(recipe.seed):
-        return _run(recipe, folder, overwrite=overwrite)
-
-
-def _run(recipe: Recipe, folder: RunFolder, *, overwrite: bool) -> RunResult:
+    if is_first():
+        folder.check(recipe, resume=resume, overwrite=overwrite)
     task = make_task(**recipe.task)
+    # From here on the processes know of each other.
     args = training_arguments(recipe, task, str(folder.checkpoints))
+    finished = from_first(_read_metrics(folder) if resume else None)
+    if finished is not None:
+        log.info("the run in %s is finished already", folder.root)
+        return RunResult(folder, finished)
+    with deterministic(recipe.seed):
+        return _run(recipe, task, args, folder, overwrite=overwrite)
+
+
+def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder, *, overwrite: bool) -> RunResult:
     tables = _read(recipe, task)
-    base = load_base(recipe.model, task, dtype=recipe.dtype, device_map=recipe.device_map)
+    base = load_base(
+        recipe.model, task, dtype=recipe.dtype, quantization=recipe.quantization, device_map=recipe.device_map
+    )
     limit = input_limit(recipe.max_length, base)
-    with without_dataset_bars(bool(args.disable_tqdm)):
+    shows = is_first() and not args.disable_tqdm
+    with without_dataset_bars(not shows):
         splits = {
             name: _Split(table, task.encode(table, base.tokenizer, limit, split=name)) for name, table in tables.items()
         }
     model = apply_method(base, recipe.method, task.peft_task_type)
+    # Anew when a run is resumed too: what its checkpoint holds then takes the place of the choice, which is the same.
+    selection = calibrate(model, splits["train"].encoded, task, base.tokenizer, args, recipe.calibration_samples)
     current = SavedModel(model, base.tokenizer, task, limit, evaluation_arguments(args))
 
-    if overwrite:
-        folder.clear()
-    folder.open(recipe)
-    checkpoint = _checkpoint(folder)
-
-    shows = not args.disable_tqdm
+    checkpoint = from_first(_open(folder, recipe, args, overwrite=overwrite) if is_first() else None)
     before, _ = _evaluate(current, splits["test"], "test, before" if shows else None)
     interrupt = StopOnInterrupt()
     bars = ProgressBars(task.main_metric, "validation")
@@ -115,7 +126,12 @@ def _run(recipe: Recipe, folder: RunFolder, *, overwrite: bool) -> RunResult:
         args,
         train=splits["train"].encoded,
         validation=splits["validation"].encoded if "validation" in splits else None,
-        callbacks=[SealAndRotate(kept_checkpoints(recipe)), interrupt, *([bars] if shows else [])],
+        callbacks=[
+            *_reselection(recipe, task, base.tokenizer, splits["train"].encoded, model, args),
+            SealAndRotate(kept_checkpoints(recipe)),
+            interrupt,
+            *([bars] if shows else []),
+        ],
     )
     reset_peak_memory(args.device)
     try:
@@ -126,6 +142,9 @@ def _run(recipe: Recipe, folder: RunFolder, *, overwrite: bool) -> RunResult:
     finally:
         bars.close()
     memory, memory_kind = peak_memory(args.device)
+    trained = count_parameters(model).trainable
+    if recipe.reselection is not None:
+        unite(model)  # type: ignore[arg-type]
     after, rows = _evaluate(current, splits["test"], "test, after" if shows else None)
 
     counts = count_parameters(model)
@@ -138,15 +157,17 @@ def _run(recipe: Recipe, folder: RunFolder, *, overwrite: bool) -> RunResult:
         "greater_is_better": task.greater_is_better,
         "before": before,
         "after": after,
-        "trainable_parameters": counts.trainable,
+        "trainable_parameters": trained,
         "total_parameters": counts.total,
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "checkpoint_step": _chosen_step(trainer),
         "resumed_from_step": int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
+        "processes": args.world_size,
         "seconds_per_step": _seconds_per_step(trainer.state),
         "peak_memory_bytes": memory,
         "peak_memory_kind": memory_kind,
+        "selection": _selection_figures(selection, recipe, len(splits["train"].table)),
         "rows": {name: len(split.table) for name, split in splits.items()},
         "device": _device(args.device),
         "threads": torch.get_num_threads(),
@@ -157,8 +178,26 @@ def _run(recipe: Recipe, folder: RunFolder, *, overwrite: bool) -> RunResult:
         },
         "seed": recipe.seed,
     }
-    _write(folder, recipe, current, metrics, trainer.state.log_history, rows)
-    return RunResult(folder, metrics)
+    state = whole_state_dict(model)
+    if is_first():
+        _write(folder, recipe, current, state, metrics, trainer.state.log_history, rows)
+    # The others' timings differ; and nobody returns before the files are there.
+    return RunResult(folder, from_first(metrics))
+
+
+def _read_metrics(folder: RunFolder) -> dict[str, Any] | None:
+    return json.loads(folder.metrics.read_text(encoding="utf-8")) if folder.metrics.exists() else None
+
+
+def _reselection(
+    recipe: Recipe, task: Task, tokenizer: Any, encoded: Dataset, model: Any, args: TrainingArguments
+) -> list[Reselect]:
+    """The callback that the recipe's section ``reselection`` asks for, if there is one."""
+    if recipe.reselection is None:
+        return []
+    settings = Reselection.from_dict(recipe.reselection, recipe.method)
+    rows = model_columns(encoded, model, task)
+    return [Reselect(settings, rows, task.collator(tokenizer), args.per_device_train_batch_size, recipe.seed)]
 
 
 def _read(recipe: Recipe, task: Task) -> dict[str, Dataset]:
@@ -168,12 +207,16 @@ def _read(recipe: Recipe, task: Task) -> dict[str, Dataset]:
     return tables
 
 
-def _checkpoint(folder: RunFolder) -> Path | None:
-    """The checkpoint to go on from; those cut short are deleted."""
+def _open(folder: RunFolder, recipe: Recipe, args: TrainingArguments, *, overwrite: bool) -> Path | None:
+    """Make the folder that of this run, and return the checkpoint to go on from; those cut short are deleted."""
+    if overwrite:
+        folder.clear()
+    folder.open(recipe)
     for broken in discard_incomplete(folder.checkpoints):
         log.warning("%s was cut short and is deleted", broken)
     checkpoint = last_complete(folder.checkpoints)
     if checkpoint is not None:
+        check_processes(checkpoint, args.world_size)
         log.info("resuming from %s", checkpoint)
     return checkpoint
 
@@ -204,6 +247,18 @@ def _seconds_per_step(state: TrainerState) -> float | None:
     return statistics.median(seconds) if seconds else None
 
 
+def _selection_figures(selection: Selection | None, recipe: Recipe, rows: int) -> dict[str, Any] | None:
+    """How what is trained was chosen by data; the mean is over the modules."""
+    if selection is None:
+        return None
+    shares = [chosen.share for chosen in selection if chosen.share is not None]
+    return {
+        "strategy": selection.strategy,
+        "calibration_samples": min(recipe.calibration_samples, rows),
+        "mean_share_of_scores": statistics.mean(shares) if shares else None,
+    }
+
+
 def _device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
@@ -212,6 +267,7 @@ def _write(
     folder: RunFolder,
     recipe: Recipe,
     current: SavedModel,
+    state: dict[str, torch.Tensor] | None,
     metrics: dict[str, Any],
     history: list[dict[str, Any]],
     rows: list[dict[str, Any]],
@@ -224,7 +280,7 @@ def _write(
     # run, so that the same run gives the same files.
     kept = {name: value for name, value in recipe.to_dict().items() if name != "output_dir"}
     figures = {name: metrics[name] for name in ("before", "after")}
-    save_run(folder.adapter, current, recipe, provenance={"recipe": kept, "metrics": figures})
+    save_run(folder.adapter, current, recipe, provenance={"recipe": kept, "metrics": figures}, state=state)
     write_predictions(folder.predictions, rows)
     write_lines(folder.history, [json.dumps(entry) + "\n" for entry in history])
     draw_curve(folder.curve, history, metrics)

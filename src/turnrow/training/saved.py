@@ -63,7 +63,13 @@ class SavedModel:
         return output.predictions, output.label_ids
 
 
-def save_run(path: Path, trained: SavedModel, recipe: Recipe, provenance: Mapping[str, Any]) -> None:
+def save_run(
+    path: Path,
+    trained: SavedModel,
+    recipe: Recipe,
+    provenance: Mapping[str, Any],
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write the folder `path`, whole or not at all; an older one is replaced.
 
     Args:
@@ -71,9 +77,10 @@ def save_run(path: Path, trained: SavedModel, recipe: Recipe, provenance: Mappin
         trained: what to save.
         recipe: for the name and the dtype of the base.
         provenance: JSON values kept in the manifest.
+        state: the weights, of a model that is sharded over several processes; see `turnrow.adapters.whole_state_dict`.
     """
     with new_folder(path) as folder, without_weight_bars():
-        trained.model.save_pretrained(str(folder))
+        trained.model.save_pretrained(str(folder), state_dict=state)
         # peft's model card is a form with empty fields.
         (folder / "README.md").unlink(missing_ok=True)
         if isinstance(trained.model, PeftModel):
@@ -83,7 +90,7 @@ def save_run(path: Path, trained: SavedModel, recipe: Recipe, provenance: Mappin
         described = {
             "version": _VERSION,
             "task": trained.task.to_dict(),
-            "base": {"model": _portable(recipe.model), "dtype": recipe.dtype},
+            "base": {"model": _portable(recipe.model), "dtype": recipe.dtype, "quantization": recipe.quantization},
             "method": recipe.method["name"],
             "max_length": trained.max_length,
             "evaluation": trained.evaluation,
@@ -106,7 +113,8 @@ def load_saved(path: str | Path, model: str | None = None) -> SavedModel:
     task = task_from_dict(described["task"])
     name = model or described["base"]["model"]
     if (folder / "adapter_config.json").is_file():
-        base = load_base(name, task, dtype=described["base"]["dtype"])
+        held = described["base"]
+        base = load_base(name, task, dtype=held["dtype"], quantization=held.get("quantization"))
         adapted: PreTrainedModel | PeftModel = load_adapter(base.model, folder)
     elif model is not None:
         raise UserError(f"{folder} holds a whole model, which needs no base; leave out the model {model!r}")

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from turnrow.errors import UserError
 from turnrow.tasks import Task
+from turnrow.training.evaluation import SharedEvaluation
 from turnrow.training.finite import FiniteGuard, check_loss
 from turnrow.training.measure import StepClock
 from turnrow.training.progress import ProgressBars
 from turnrow.training.recipe import Recipe
 
 __all__ = ["EVALUATION_ARGUMENTS", "evaluation_arguments", "make_trainer", "predict_split", "training_arguments"]
+
+log = logging.getLogger(__name__)
 
 DEFAULT_KEPT_CHECKPOINTS = 2
 
@@ -36,10 +42,18 @@ EVALUATION_ARGUMENTS = (
 
 
 class GuardedTrainer(Trainer):
-    """Trainer that refuses a loss that is not finite, logs the seconds per step, and prints nothing by itself."""
+    """Trainer that refuses a loss that is not finite, logs the seconds per step, and prints nothing by itself.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        mean_loss: the model's loss is the mean over the rows of its batch. Trainer takes it for a sum over all batches of a
+            step, divided by the number of labels in all of them, if only the model's forward has a ``**kwargs`` to take
+            that number, whether or not it reads it; and multiplies it by the number of processes.
+    """
+
+    def __init__(self, *args: Any, mean_loss: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if mean_loss:
+            self.model_accepts_loss_kwargs = False
         self._clock = StepClock()
         self.add_callback(self._clock)
         self.add_callback(FiniteGuard())
@@ -50,6 +64,15 @@ class GuardedTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         check_loss(loss, self.args, self.state)
         return loss
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As in Trainer; several processes share the work, and get the numbers that one would get."""
+        if self.args.world_size > 1:
+            dataloader = SharedEvaluation(
+                dataloader, self.args.eval_batch_size, self.args.world_size, self.args.process_index
+            )
+            self.gather_function = dataloader.gather
+        return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and (seconds := self._clock.drain()) is not None:
@@ -78,6 +101,7 @@ def make_trainer(
         compute_metrics=lambda kept: task.metrics(kept.predictions, kept.label_ids, validation),
         preprocess_logits_for_metrics=task.reduce_logits,
         callbacks=list(callbacks),
+        mean_loss=task.mean_loss,
     )
 
 
@@ -88,7 +112,8 @@ def training_arguments(recipe: Recipe, task: Task, folder: str) -> TrainingArgum
     of every epoch; about fifty log entries; nothing reported to outside services; the task's main metric chooses the best
     checkpoint when ``load_best_model_at_end`` is set.
     """
-    given = dict(recipe.training)
+    # transformers fills in what is missing in the dictionaries that it is given.
+    given = deepcopy(recipe.training)
     evaluates = recipe.data.validation is not None
     if not evaluates and (
         given.get("load_best_model_at_end") or given.get("eval_strategy", "no") != "no" or given.get("eval_on_start")
@@ -114,7 +139,12 @@ def training_arguments(recipe: Recipe, task: Task, folder: str) -> TrainingArgum
         defaults["save_steps"] = given["eval_steps"]
     # Checkpoints are deleted by our own callback, only after the newest is sealed.
     arguments = {**defaults, **given, "save_total_limit": None}
-    return _build(arguments, output_dir=folder, seed=recipe.seed, data_seed=recipe.seed)
+    if given.get("fsdp") == "true":
+        arguments["fsdp"] = True
+    args = _build(arguments, output_dir=folder, seed=recipe.seed, data_seed=recipe.seed)
+    if (visible := torch.cuda.device_count()) > 1 and args.world_size == 1 and args.n_gpu == 1:
+        log.info("one of %d GPUs is used; for all: torchrun --standalone --nproc_per_node %d ...", visible, visible)
+    return args
 
 
 def kept_checkpoints(recipe: Recipe) -> int | None:
@@ -169,10 +199,18 @@ def predict_split(
             return trainer.predict(encoded)
         finally:
             bars.close()
+            # Or accelerate would take the model for one that is ready to be trained too, and several processes would each
+            # train their own without ever exchanging a gradient.
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            vars(model).pop("_is_accelerate_prepared", None)
 
 
 def _build(arguments: Mapping[str, Any], **ours: Any) -> TrainingArguments:
     try:
-        return TrainingArguments(**arguments, **ours)
+        args = TrainingArguments(**arguments, **ours)
     except (ValueError, TypeError) as error:
         raise UserError(f"training: {error}") from error
+    if args.n_gpu > 1:
+        # Or Trainer would wrap the model in torch.nn.DataParallel, whose threads share each layer's state.
+        args._n_gpu = 1
+    return args

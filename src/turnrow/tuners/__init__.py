@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from turnrow.tuners._dense import rehearsal
+from turnrow.tuners._quantized_model import keep_nf4_unpacked
 from turnrow.tuners.counting import ParameterCount, count_parameters
 from turnrow.tuners.registration import register
 from turnrow.tuners.road import RoadConfig, RoadModel
-from turnrow.tuners.rocoft import RocoftConfig, RocoftModel
+from turnrow.tuners.rocoft import RocoftConfig, RocoftModel, select
+from turnrow.tuners.rocoft.reselection import check_reselection, move_optimizer_state, reselect, unite
 
 __all__ = [
     "ParameterCount",
@@ -14,7 +16,13 @@ __all__ = [
     "RoadModel",
     "RocoftConfig",
     "RocoftModel",
+    "check_reselection",
     "count_parameters",
+    "keep_nf4_unpacked",
+    "move_optimizer_state",
     "register",
     "rehearsal",
+    "reselect",
+    "select",
+    "unite",
 ]

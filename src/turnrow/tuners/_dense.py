@@ -5,34 +5,60 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["dense_linear", "dense_weight", "features", "is_plain_tensor", "rehearsal"]
+from turnrow.errors import UserError
+
+__all__ = [
+    "bare",
+    "dense_linear",
+    "dense_weight",
+    "features",
+    "is_plain_tensor",
+    "is_sharded",
+    "is_torchao",
+    "may_change_in_place",
+    "refuse_sharded",
+    "rehearsal",
+]
 
 DenseLinear = nn.Linear | Conv1D
 
 _rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """What lies under adapter layers, or `module` itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def dense_linear(module: nn.Module) -> DenseLinear | None:
     """The linear layer in `module`, itself or under adapter layers; None if it is no such layer.
 
-    Dense means a floating-point weight: quantized layers are subclasses of torch.nn.Linear, but theirs is of integers.
+    Dense means a floating-point weight: quantized layers are subclasses of torch.nn.Linear too, but their weight is of
+    integers, or of torchao's tensors, which pass themselves off as floating-point.
     """
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if isinstance(base, (nn.Linear, Conv1D)) and base.weight.is_floating_point():
+    base = bare(module)
+    if isinstance(base, (nn.Linear, Conv1D)) and base.weight.is_floating_point() and not is_torchao(base.weight):
         return base
     return None
 
 
-def features(layer: DenseLinear) -> tuple[int, int]:
-    """(out_features, in_features)."""
-    out_features, in_features = dense_weight(layer).shape
-    return out_features, in_features
+def features(module: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of the linear layer in `module`, dense or quantized."""
+    dense = dense_linear(module)
+    if dense is not None:
+        out_features, in_features = dense_weight(dense).shape
+        return out_features, in_features
+    # packed into another shape than the matrix it stands for
+    sizes: Any = _get_in_out_features(bare(module))
+    return sizes[1], sizes[0]
 
 
 def dense_weight(layer: DenseLinear, *, values: bool = False) -> Tensor:
@@ -64,3 +90,41 @@ def rehearsal() -> Iterator[None]:
         yield
     finally:
         _rehearsing.reset(token)
+
+
+def is_sharded(layer: nn.Module, parameter: str = "weight") -> bool:
+    """Whether FSDP or DeepSpeed's ZeRO-3 keeps a parameter of `layer` in pieces on several processes.
+
+    Inside a forward such a weight looks like any other: it was gathered for the moment, into memory that is given back
+    afterwards, and whatever is written there is lost.
+    """
+    # Asked at every forward: `getattr` for what a module lacks takes ten times as long.
+    return layer.__dict__.get("_is_fsdp_managed_module", False) or hasattr(layer._parameters.get(parameter), "ds_id")
+
+
+def refuse_sharded(layer: nn.Module, parameter: str = "weight") -> None:
+    """Raise UserError where the values of a sharded weight are asked for."""
+    if is_sharded(layer, parameter):
+        raise UserError(
+            "the base weights are sharded over several processes (FSDP or ZeRO-3) and cannot be read or changed in place. "
+            "To merge, save the adapter and run `turnrow merge` on it. A model that has run before it is sharded must let go "
+            "of its adapter first: `with model.disable_adapter(): pass`"
+        )
+
+
+def is_torchao(weight: Any) -> bool:
+    """Whether `weight` is quantized by torchao; asked of the type's name, because importing torchao takes seconds."""
+    return type(weight).__module__.startswith("torchao.")
+
+
+def may_change_in_place(weight: Tensor, *, dimensions: int) -> bool:
+    """Whether a base weight may hold an adapter's change itself: a dense frozen one, outside `torch.func` and `torch.compile`."""
+    return (
+        not torch.compiler.is_compiling()
+        and is_plain_tensor(weight)
+        and weight.is_floating_point()
+        and weight.dim() == dimensions  # FSDP flattens what it shards
+        and not weight.requires_grad  # a weight that is trained itself must keep its own gradient
+        and not weight.is_inference()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )

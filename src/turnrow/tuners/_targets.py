@@ -20,9 +20,11 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from turnrow.errors import UserError, near_matches
+from turnrow.ops.experts import fused_weights
 from turnrow.tuners._dense import dense_linear
+from turnrow.tuners._walk import find_experts, find_named, modules_outside_adapters
 
-__all__ = ["find_named", "resolve_targets"]
+__all__ = ["covers_all_layers", "resolve_targets"]
 
 
 def resolve_targets(tuner: BaseTuner, config: Any, model: nn.Module) -> dict[str, nn.Module]:
@@ -36,11 +38,15 @@ def resolve_targets(tuner: BaseTuner, config: Any, model: nn.Module) -> dict[str
     """
     if config.target_modules == DUMMY_TARGET_MODULES:
         return {}
-    chosen_by_us = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    if not config.target_modules and getattr(config, "target_parameters", None):
+        return {}  # the experts alone
+    chosen_by_us = covers_all_layers(config)
     _maybe_include_all_linear_layers(config, model)
-    if chosen_by_us and getattr(config, "layers_to_transform", None) is not None:
-        config.target_modules = _in_layers(config)
-    modules = dict(_modules_outside_adapters(model))
+    if chosen_by_us:
+        config.target_modules = {n for n in config.target_modules if not _is_gate_beside_experts(n, model)}
+        if getattr(config, "layers_to_transform", None) is not None:
+            config.target_modules = _in_layers(config)
+    modules = dict(modules_outside_adapters(model))
     matched: dict[str, nn.Module] = {}
     excluded: set[str] = set()
     for name, module in modules.items():
@@ -51,24 +57,26 @@ def resolve_targets(tuner: BaseTuner, config: Any, model: nn.Module) -> dict[str
             matched[name] = module
     unmatched = _unmatched_patterns(config.target_modules, matched.keys() | excluded)
     if unmatched or not matched:
-        raise UserError(_explain(config, unmatched, modules, excluded))
+        raise UserError(_explain(config, unmatched, modules, excluded, find_experts(model)))
     return matched
 
 
-def find_named(key: str, names: Iterable[str]) -> list[str]:
-    """The names that are `key` or end in `.key`."""
-    return [name for name in names if name == key or name.endswith(f".{key}")]
+def covers_all_layers(config: Any) -> bool:
+    """Whether `config` asks for every linear layer instead of naming some; to be asked before `resolve_targets`."""
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
 
-def _modules_outside_adapters(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """All named modules but those inside adapter layers that are already there."""
-    inside = None
-    for name, module in model.named_modules():
-        if inside is not None and name.startswith(inside):
-            continue
-        inside = f"{name}." if isinstance(module, BaseTunerLayer) else None
-        if name:
-            yield name, module
+def _is_gate_beside_experts(name: str, model: nn.Module) -> bool:
+    """Whether a linear layer is no matrix to adapt, but the gate of a shared expert, with one output feature, or a router.
+
+    A router that is a subclass of torch.nn.Linear returns more than a product (Llama 4).
+    """
+    layer = dense_linear(model.get_submodule(name))
+    is_router = isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward
+    if layer is None or not (is_router or 1 in layer.weight.shape):
+        return False
+    beside = model.get_submodule(name.rpartition(".")[0]).children()
+    return any(fused_weights(m.get_base_layer() if isinstance(m, BaseTunerLayer) else m) for m in beside)
 
 
 def _unmatched_patterns(patterns: str | Iterable[str], hit: Iterable[str]) -> list[str]:
@@ -98,7 +106,7 @@ def _in_layers(config: Any) -> set[str]:
     return inside
 
 
-def _explain(config: Any, unmatched: list[str], modules: dict, excluded: set[str]) -> str:
+def _explain(config: Any, unmatched: list[str], modules: dict, excluded: set[str], experts: Iterable[str]) -> str:
     if isinstance(config.target_modules, str):
         return (
             f"target_modules {config.target_modules!r}, read as one regular expression, matches no whole module name; "
@@ -111,10 +119,14 @@ def _explain(config: Any, unmatched: list[str], modules: dict, excluded: set[str
             "names no layer of the model"
         )
     last_parts = {part for name in modules for part in (name, name.rpartition(".")[2])}
-    named = [
-        f"{p!r}{' (in no layer of layers_to_transform)' if find_named(p, modules) else near_matches(p, last_parts)}"
-        for p in unmatched
-    ]
+    named = []
+    for pattern in unmatched:
+        if find_named(pattern, modules):
+            named.append(f"{pattern!r} (in no layer of layers_to_transform)")
+        elif find_named(pattern, experts):
+            named.append(f"{pattern!r} (fused weights of experts: name them in target_parameters)")
+        else:
+            named.append(f"{pattern!r}{near_matches(pattern, last_parts)}")
     return f"target_modules match no module of the model: {', '.join(named)}. A name looks like {_example(modules)!r}"
 
 

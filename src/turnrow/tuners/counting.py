@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import nn
+
+from turnrow.tuners._dense import features
+from turnrow.tuners._quantized import quantization_backend
 
 __all__ = ["ParameterCount", "count_parameters"]
 
@@ -16,7 +20,7 @@ class ParameterCount(NamedTuple):
     """Everything an optimizer would change: adapter weights, trained biases, heads."""
 
     total: int
-    """All parameters and all buffers, each tensor counted once however many names it has."""
+    """All parameters and all buffers, each tensor counted once however many names it has, quantized weights as if dense."""
 
     @property
     def percent(self) -> float:
@@ -36,7 +40,12 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         >>> count_parameters(get_peft_model(model, RocoftConfig(r=3)))
     """
     parameters = list(model.parameters())
+    sizes = {id(p): p.numel() for p in parameters}
+    for module in model.modules():
+        packed = next((p for name, p in module.named_parameters(recurse=False) if name != "bias"), None)
+        if packed is not None and quantization_backend(module) is not None:
+            sizes[id(packed)] = math.prod(features(module))  # two weights of four bits lie in one byte
     return ParameterCount(
-        trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters) + sum(b.numel() for b in model.buffers()),
+        trainable=sum(sizes[id(p)] for p in parameters if p.requires_grad),
+        total=sum(sizes.values()) + sum(b.numel() for b in model.buffers()),
     )

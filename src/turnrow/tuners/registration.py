@@ -1,4 +1,5 @@
-"""Make peft know RoCoFT, and give its RoAd our layers. Nothing else of peft changes, and nowhere else is it done.
+"""Make peft know RoCoFT, give its RoAd our layers, and let both into its mixed models. Nothing else of peft changes, and
+nowhere else is it done.
 
 peft keeps its methods in tables keyed by members of the enum `PeftType`, and its `register_peft_method` accepts members
 only. peft 0.20 also looks a config's type up in the list of members when it saves. So RoCoFT becomes a member.
@@ -6,9 +7,15 @@ only. peft 0.20 also looks a config's type up in the list of members when it sav
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft.mapping as tables
+import peft.mixed_model
+import peft.tuners.mixed
+import peft.tuners.mixed.model
 from peft.utils.peft_types import PeftType, register_peft_method
 
+from turnrow.tuners.mixed_methods import MixedModel
 from turnrow.tuners.road.model import RoadModel
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.model import RocoftModel
@@ -22,6 +29,19 @@ def register() -> None:
         _add_member("ROCOFT")
         register_peft_method(name="rocoft", config_cls=RocoftConfig, model_cls=RocoftModel)
     tables.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.ROAD] = RoadModel
+    _let_into_mixed_models(PeftType("ROCOFT"), PeftType.ROAD)
+
+
+def _let_into_mixed_models(*kinds: PeftType) -> None:
+    """Put our mixed model in the place of peft's, and our methods into the lists that it asks."""
+    model: Any = peft.tuners.mixed.model
+    new = tuple(kind for kind in kinds if kind not in model.COMPATIBLE_TUNER_TYPES)
+    model.COMPATIBLE_TUNER_TYPES += new
+    peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = model.COMPATIBLE_TUNER_TYPES
+    model.PREFIXES += [tables.PEFT_TYPE_TO_PREFIX_MAPPING[kind] for kind in new]
+    tables.PEFT_TYPE_TO_MIXED_MODEL_MAPPING.update(dict.fromkeys(kinds, MixedModel))
+    mixed_model: Any = peft.mixed_model
+    mixed_model.MixedModel = MixedModel
 
 
 def _add_member(name: str) -> None:

@@ -11,7 +11,6 @@ from torch import nn
 
 from turnrow import count_parameters
 from turnrow.errors import UserError
-from turnrow.training.base import Skeleton
 from turnrow.training.methods import apply_method
 from turnrow.training.planning.candidates import candidates, title
 from turnrow.training.planning.figures import BatchForecast, MethodPlan, Plan
@@ -20,6 +19,7 @@ from turnrow.training.planning.optimizer import optimizer_bytes
 from turnrow.training.planning.setting import Setting
 from turnrow.training.planning.walk import walk
 from turnrow.training.recipe import Recipe
+from turnrow.training.skeleton import Skeleton
 
 __all__ = ["plan"]
 

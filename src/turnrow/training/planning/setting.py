@@ -18,14 +18,13 @@ from turnrow.errors import UserError
 from turnrow.tasks import Task, make_task, read_table
 from turnrow.training.base import (
     Base,
-    Skeleton,
     input_limit,
-    load_skeleton,
     load_tokenizer,
     position_limit,
     resolve_model,
 )
 from turnrow.training.recipe import Recipe
+from turnrow.training.skeleton import Skeleton, load_skeleton
 from turnrow.training.trainer import training_arguments
 
 __all__ = ["Setting"]

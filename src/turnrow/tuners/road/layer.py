@@ -1,9 +1,10 @@
-"""The adapter layer of RoAd, in the place of peft's own for dense linear layers."""
+"""The adapter layer of RoAd, in the place of peft's own."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from peft import RoadConfig
@@ -12,23 +13,40 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from turnrow.ops import rotation
-from turnrow.tuners._dense import DenseLinear, dense_weight, features, is_plain_tensor
+from turnrow.ops import batched, rotation
+from turnrow.ops.rounding import MergeCost
+from turnrow.tuners._dense import DenseLinear, dense_weight, features, is_plain_tensor, is_sharded, refuse_sharded
+from turnrow.tuners._mixed_batch import MixedBatch, MixedBatchLayer
+from turnrow.tuners._quantized import (
+    Original,
+    Requantizer,
+    quantization_backend,
+    refuse_cut_gradient,
+    replace_weight,
+    restore_weight,
+    values_of,
+)
 
 __all__ = ["RoadLinear"]
 
+Rotation: TypeAlias = tuple[rotation.Variant, int, Tensor, Tensor]
+"""Variant, group size, theta and alpha of an adapter."""
 
-class RoadLinear(PeftRoadLinear):
-    """A linear layer (torch.nn.Linear, or GPT-2's Conv1D) whose output features are rotated and scaled in pairs.
+
+class RoadLinear(MixedBatchLayer, PeftRoadLinear):
+    """A linear layer (torch.nn.Linear, GPT-2's Conv1D, or a quantized one) whose output features are rotated and scaled in pairs.
 
     Parameters, their layout and names are peft's. The forward is ours: where there are more tokens than input features
     the rotation is folded into the weight (`ops.rotation.rotated_linear`), otherwise it is applied to the output; for the
     backward pass only the output is kept, which its reader mostly keeps anyway.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: RoadConfig) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: RoadConfig, requantize: Requantizer | None = None
+    ) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
+        self.quantization_backend = quantization_backend(base_layer, requantize)
         self.variant: dict[str, rotation.Variant] = {}
         self.group_size: dict[str, int] = {}
         self.road_theta = nn.ParameterDict()
@@ -42,6 +60,13 @@ class RoadLinear(PeftRoadLinear):
         """By adapter: the state of its parameters, their blocks, and whether those can be undone."""
         self._kept_for_unmerge: dict[str, tuple[Tensor, Tensor | None]] = {}
         """Original weight and bias of merged adapters whose rotation cannot be undone (a scale of zero)."""
+        self._active_parameters: tuple[Rotation, ...] | None = None
+        """Of the active adapters. Looked up when they change, so that to `torch.compile` two adapters of equal shape are
+        the same code with other tensors."""
+        self._replaced: list[tuple[Original, Tensor | None]] = []
+        """Quantized weights, and biases, that merging has replaced."""
+        self.merge_cost: MergeCost | None = None
+        """What merging into a quantized weight has cost; None where nothing is merged, or the weight is dense."""
         self.update_layer(adapter_name, config=config)
 
     @property
@@ -52,38 +77,84 @@ class RoadLinear(PeftRoadLinear):
     # --- forward ---------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output, rotated by the active adapters; `adapter_names` gives each sample its own."""
-        self._check_forward_args(x, *args, **kwargs)
-        adapter_names = kwargs.pop("adapter_names", None)
+        """The base layer's output, rotated by the active adapters, or in a mixed batch each sample by its own."""
+        batch = self._slot.batch
+        if batch is not None and not self._disable_adapters:
+            return self._mixed_forward(batch, x, args, kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if adapter_names is not None and not self.disable_adapters:
-            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if torch.compiler.is_compiling() and self._active_parameters is not None:
+            active_parameters = () if self.disable_adapters or self.merged else self._active_parameters
+            return self._plain_forward(x, active_parameters, args, kwargs)
         active = [name for name in self.active_adapters if name in self._available_adapters]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            return self._plain_forward(x, active, args, kwargs)
+            return self._plain_forward(x, self._look_up(active), args, kwargs)
         if len(active) == 1 and not args and not kwargs:
             folded = self._folded_forward(x, active[0])
             if folded is not None:
                 return folded
         h = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            refuse_cut_gradient(h, x, self.quantization_backend)
         for name in active:
             h = self._rotate(h, name)
         return h
 
-    def _plain_forward(self, x: Tensor, active: list[str], args: tuple, kwargs: dict) -> Tensor:
-        """Differentiable operations only, for the transforms of `torch.func`."""
+    def _mixed_forward(self, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         h = self.base_layer(x, *args, **kwargs)
-        for name in active:
-            h = rotation.rotate(h, rotation.coefficients(*self._parameters_of(name)))
+        rotations = batch.stacked(self, h.dtype)
+        return h if rotations is None else batched.rotate(batch.by_sample(h), rotations).reshape(h.shape)
+
+    def stack_adapters(self, names: Sequence[str], dtype: torch.dtype) -> batched.Rotations | None:
+        """R for each sample; in the parameters' own dtype."""
+        kinds: dict[tuple[rotation.Variant, int], list[int]] = {}
+        for sample, name in enumerate(names):
+            if name in self.variant:
+                kinds.setdefault((self.variant[name], self.group_size[name]), []).append(sample)
+        angles = [
+            batched.Angles(
+                *kind,
+                samples,
+                theta=[self.road_theta[names[sample]] for sample in samples],
+                alpha=[self.road_alpha[names[sample]] for sample in samples],
+            )
+            for kind, samples in kinds.items()
+        ]
+        return batched.stack_rotations(angles, len(names), self.out_features)
+
+    def _plain_forward(self, x: Tensor, active: tuple[Rotation, ...], args: tuple, kwargs: dict) -> Tensor:
+        """Differentiable operations only, for `torch.compile` and the transforms of `torch.func`."""
+        h = self.base_layer(x, *args, **kwargs)
+        for parameters in active:
+            h = rotation.rotate(h, rotation.coefficients(*parameters))
         return h
+
+    def _look_up(self, names: list[str]) -> tuple[Rotation, ...]:
+        return tuple(self._parameters_of(name) for name in names)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As in peft."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._look_up_active()
+
+    def _look_up_active(self) -> None:
+        self._active_parameters = self._look_up([n for n in self.active_adapters if n in self._available_adapters])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoadLinear:
+        result = super()._apply(fn, recurse)
+        self._look_up_active()  # it may have put new parameters in the place of the old
+        for original, _ in self._replaced:
+            original.apply(fn)
+        return result
 
     def _folded_forward(self, x: Tensor, name: str) -> Tensor | None:
         """The rotation folded into the weight; None where that is not possible or does not pay."""
         tokens = x.numel() // self.in_features
-        if tokens <= self.in_features or self.base_layer is not self._dense or not _is_plain(self._dense):
+        if tokens <= self.in_features or self.quantization_backend is not None:
+            return None
+        if self.base_layer is not self._dense or not _is_plain(self._dense):
             return None
         weight, bias = dense_weight(self._dense), self._dense.bias
         device = x.device.type
@@ -115,7 +186,7 @@ class RoadLinear(PeftRoadLinear):
             return self._watch.setdefault(name, rotation.OutputWatch())
         return None
 
-    def _parameters_of(self, name: str) -> tuple[rotation.Variant, int, Tensor, Tensor]:
+    def _parameters_of(self, name: str) -> Rotation:
         return self.variant[name], self.group_size[name], self.road_theta[name], self.road_alpha[name]
 
     def _blocks(self, name: str) -> tuple[rotation.Coefficients, bool]:
@@ -123,7 +194,8 @@ class RoadLinear(PeftRoadLinear):
         variant, group_size, theta, alpha = self._parameters_of(name)
         stamp = tuple((p.data_ptr(), -1 if p.is_inference() else p._version, p.requires_grad) for p in (theta, alpha))
         known = self._known.get(name)
-        unchanged = known is not None and known[0] == stamp
+        # What FSDP gathers anew for each forward shows no change: neither its place nor its version differs.
+        unchanged = known is not None and known[0] == stamp and not is_sharded(self._dense)
         # `p.data` can be changed unseen by its version: the blocks of parameters in training are always made anew. Whether
         # they can be undone is asked once for each state, because the answer has to come back from the device.
         if known is None or not unchanged or theta.requires_grad or alpha.requires_grad:
@@ -141,8 +213,10 @@ class RoadLinear(PeftRoadLinear):
         """As in peft."""
         self._forget(adapter_name)
         super().delete_adapter(adapter_name)
+        self._look_up_active()
 
     def _forget(self, adapter_name: str) -> None:
+        self.forget_batch()
         self._known.pop(adapter_name, None)
         self._watch.pop(adapter_name, None)
 
@@ -158,40 +232,77 @@ class RoadLinear(PeftRoadLinear):
         Raises:
             ValueError: `safe_merge` found values that are not finite; names the adapter.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self._available_adapters:
-                continue
-            blocks, invertible = self._blocks(name)
-            if safe_merge and not all(torch.isfinite(entry).all() for entry in blocks):
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self._available_adapters]
+        for name in names if safe_merge else ():
+            if not all(torch.isfinite(entry).all() for entry in self._blocks(name)[0]):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            weight, bias = self._base_values()
+        if self.quantization_backend is not None:
+            self._merge_quantized(names)
+            return
+        for name in names:
+            blocks, invertible = self._blocks(name)
+            weight, bias = self._weight_values(), self._bias_values()
             if not invertible:
                 self._kept_for_unmerge[name] = (weight.clone(), None if bias is None else bias.clone())
             rotation.rotate_weight_(weight, bias, blocks)
             self.merged_adapters.append(name)
 
+    def _merge_quantized(self, names: list[str]) -> None:
+        """All adapters at once: the weight is quantized anew only once."""
+        if not names:
+            return
+        values, bias = values_of(self), self._bias_values()
+        rotated_bias = None if bias is None else bias.clone()
+        for name in names:
+            rotation.rotate_weight_(values, rotated_bias, self._blocks(name)[0])
+        original, self.merge_cost = replace_weight(self, values)
+        self._replaced.append((original, None if bias is None else bias.clone()))
+        self._put_bias(rotated_bias)
+        self.merged_adapters.extend(names)
+
     def unmerge(self) -> None:
-        """Undo `merge`, last adapter first, by the closed-form inverse: exact up to rounding in the weight's dtype."""
+        """Undo `merge`, last adapter first: by the closed-form inverse, exact up to rounding in the weight's dtype.
+
+        A quantized weight is put back as it was, bit for bit.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        while self._replaced:
+            original, kept_bias = self._replaced.pop()
+            restore_weight(self, original)
+            self._put_bias(kept_bias)
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            if name not in self._available_adapters:
+            if name not in self._available_adapters or self.quantization_backend is not None:
                 continue
-            weight, bias = self._base_values()
+            weight = self._weight_values()
             if name in self._kept_for_unmerge:
                 kept_weight, kept_bias = self._kept_for_unmerge.pop(name)
                 weight.copy_(kept_weight)
-                if bias is not None and kept_bias is not None:
-                    bias.copy_(kept_bias)
+                self._put_bias(kept_bias)
             else:
-                rotation.unrotate_weight_(weight, bias, self._blocks(name)[0])
+                rotation.unrotate_weight_(weight, self._bias_values(), self._blocks(name)[0])
+        self.merge_cost = None
 
-    def _base_values(self) -> tuple[Tensor, Tensor | None]:
-        """Values of the weight as (out, in) and of the bias, to write to."""
-        bias: Tensor | None = self._dense.bias
-        return dense_weight(self._dense, values=True), None if bias is None else bias.data
+    def dense_values(self) -> Tensor:
+        """The weight as it is at this moment, (out, in), to read: a dense one itself, of a quantized one a float32 copy."""
+        return self._weight_values() if self.quantization_backend is None else values_of(self)
+
+    def _weight_values(self) -> Tensor:
+        """Values of the dense weight as (out, in), to read and to write."""
+        refuse_sharded(self._dense)
+        return dense_weight(self._dense, values=True)
+
+    def _bias_values(self) -> Tensor | None:
+        """Values of the bias, to write to."""
+        bias: Tensor | None = getattr(self._dense, "bias", None)
+        return None if bias is None else bias.data
+
+    def _put_bias(self, kept: Tensor | None) -> None:
+        bias = self._bias_values()
+        if bias is not None and kept is not None:
+            bias.copy_(kept)
 
 
 def _is_plain(base: DenseLinear) -> bool:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from peft.config import PeftConfig
 
 from turnrow.errors import UserError, near_matches
+from turnrow.selection import STRATEGIES, check_strategy, read_indices
 
 __all__ = ["RocoftConfig"]
 
-Mode = Literal["row", "column"]
+Mode = Literal["row", "column", "row+column", "entry"]
 Bias = Literal["none", "rocoft_only", "all"]
 
 
 @dataclass
 class RocoftConfig(PeftConfig):
-    """Train r rows or columns of each target weight (Kowsher et al., ACL 2025, equation 2).
+    """Train r rows or columns of each target weight, or single entries (Kowsher et al., ACL 2025, equation 2, tables 11, 12).
 
     Raises:
         UserError: a value is not allowed; names it and what is allowed.
@@ -27,16 +28,37 @@ class RocoftConfig(PeftConfig):
     mode: Mode = field(
         default="row",
         metadata={
-            "help": "'row' trains W[S, :], one output feature a row; 'column' trains W[:, S], one input feature a column. "
-            "Columns keep almost nothing for the backward pass."
+            "help": "'row' trains W[S, :], one output feature a row; 'column' trains W[:, S], one input feature a column, and "
+            "keeps almost nothing for the backward pass; 'row+column' trains r of each, what lies in both once; 'entry' "
+            "trains the share `density` of all single entries."
         },
     )
-    indices: list[int] | dict[str, list[int]] | None = field(
+    density: float | None = field(
         default=None,
         metadata={
-            "help": "Which rows or columns. None takes the first r; a list serves every module; a dict maps module names "
-            "(whole, or their last parts) to lists, and the first r serve the modules it does not name. Where indices "
-            "are given their number is the rank of the module. The indices are saved with the adapter."
+            "help": "Share of the entries that mode 'entry' trains, above 0 and at most 1; r plays no part there."
+        },
+    )
+    selection: str = field(
+        default="first",
+        metadata={
+            "help": "How rows, columns or entries are chosen where indices does not name them. By number: 'first', 'last', "
+            "'uniform' (evenly spaced), 'random'. By what the base does with data: 'wanda_max', 'wanda_min', 'wanda_mixed', "
+            "'gradient', 'fisher'; for these call turnrow.select(model, batches) before training."
+        },
+    )
+    selection_seed: int = field(
+        default=0, metadata={"help": "Seed of the selection 'random', which differs from module to module."}
+    )
+    indices: list[int] | dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Which rows or columns. None chooses them by selection; a list serves every module; a dict maps module "
+            "names (whole, or their last parts) to lists, and selection serves the modules it does not name. For 'row+column' "
+            "{'row': [...], 'column': [...]} stands in the place of a list; for 'entry' a number is row * in_features + "
+            "column. For a fused weight of experts a list serves every expert, a list of lists has one for each. A text is the "
+            "path of a file that turnrow select wrote; what it holds takes its place. Where indices are given their number is "
+            "the rank of the module. They are saved with the adapter."
         },
     )
     target_modules: list[str] | set[str] | str | None = field(
@@ -46,8 +68,16 @@ class RocoftConfig(PeftConfig):
             "None or 'all-linear' takes every linear module but the output layer."
         },
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of fused weights of experts, whole or their last parts, such as 'experts.down_proj': parameters of three "
+            "dimensions that hold all experts of a layer; r rows or columns of each expert are trained. None takes all of "
+            "them where target_modules is None or 'all-linear', and otherwise none, with a warning; [] takes none."
+        },
+    )
     exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Names, or one regular expression, of modules to leave out."}
+        default=None, metadata={"help": "Names, or one regular expression, of modules and fused weights to leave out."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Numbers of the layers to train; None trains all."}
@@ -83,6 +113,10 @@ class RocoftConfig(PeftConfig):
         from peft.utils.peft_types import PeftType
 
         self.peft_type = PeftType("ROCOFT")
+        if isinstance(self.target_parameters, str):
+            raise UserError(
+                f"target_parameters is {self.target_parameters!r}; it must be None or a list of names, such as [{self.target_parameters!r}]"
+            )
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -90,11 +124,23 @@ class RocoftConfig(PeftConfig):
         _check_choice("mode", self.mode, get_args(Mode))
         _check_choice("bias", self.bias, get_args(Bias))
         _check_rank("r", self.r)
+        _check_density(self.mode, self.density)
         for pattern, rank in (self.rank_pattern or {}).items():
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
+        check_strategy(self.selection)
+        if isinstance(self.selection_seed, bool) or not isinstance(self.selection_seed, int):
+            raise UserError(f"selection_seed is {self.selection_seed!r}; it must be a whole number")
+        if isinstance(self.indices, str):
+            if self.indices in STRATEGIES:
+                raise UserError(
+                    f"indices is {self.indices!r}, which is a strategy: say selection={self.indices!r}. As a text it must be the "
+                    "path of a file that turnrow select wrote"
+                )
+            self.indices = read_indices(self.indices, self.mode)
         if self.indices is not None and not isinstance(self.indices, (list, tuple, dict)):
             raise UserError(
-                f"indices is {self.indices!r}; it must be None, a list of numbers, or a dict from module names to lists"
+                f"indices is {self.indices!r}; it must be None, a list of numbers, a dict from module names to lists, or the "
+                "path of a file that turnrow select wrote"
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise UserError("layers_to_transform needs target_modules as a list of names, not a regular expression")
@@ -112,3 +158,14 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _check_rank(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{name} is {value!r}; it must be a whole number of rows or columns, 1 or more")
+
+
+def _check_density(mode: str, density: object) -> None:
+    if mode != "entry":
+        if density is not None:
+            raise UserError(f"density is {density!r}, but mode {mode!r} trains whole {mode}s: set r, or mode='entry'")
+        return
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+        raise UserError(
+            f"density is {density!r}; mode 'entry' needs the share of entries to train, above 0 and at most 1, such as 0.01"
+        )

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from turnrow.errors import UserError, near_matches
-from turnrow.tuners._dense import DenseLinear, dense_linear, features
-from turnrow.tuners._targets import find_named, resolve_targets
+from turnrow.ops.experts import fused_weights
+from turnrow.tuners._dense import features
+from turnrow.tuners._experts import resolve_experts
+from turnrow.tuners._mixed_batch import MixedBatchModel
+from turnrow.tuners._quantized import is_linear, requantizer
+from turnrow.tuners._quantized_model import QuantizedModelMixin
+from turnrow.tuners._targets import covers_all_layers, resolve_targets
+from turnrow.tuners._walk import find_experts, find_named
+from turnrow.tuners.rocoft.bias import RocoftBias
 from turnrow.tuners.rocoft.config import RocoftConfig
-from turnrow.tuners.rocoft.layer import RocoftBias, RocoftLayer, RocoftLinear, choose_index
+from turnrow.tuners.rocoft.experts import RocoftExperts
+from turnrow.tuners.rocoft.layer import RocoftLayer
+from turnrow.tuners.rocoft.linear import RocoftLinear
+from turnrow.tuners.rocoft.parts import choose_expert_indices, choose_indices, named_modules
 
 __all__ = ["RocoftModel"]
 
 
-class RocoftModel(BaseTuner):
+class RocoftModel(MixedBatchModel, QuantizedModelMixin):
     """A model of which r rows or columns of the target weights are trained (RoCoFT).
 
     Made by `peft.get_peft_model(model, RocoftConfig(...))`.
@@ -39,20 +51,31 @@ class RocoftModel(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config: RocoftConfig, model: nn.Module) -> None:
+        all_layers = covers_all_layers(peft_config)
         targets = resolve_targets(self, peft_config, model)
-        linear = _linear_layers(targets, model)
-        if isinstance(peft_config.indices, dict):
-            unknown = [key for key in peft_config.indices if not find_named(key, targets)]
-            if unknown:
-                ends = {end for name in targets for end in (name, name.rpartition(".")[2])}
-                raise UserError(
-                    f"indices name modules that are not among the target modules: "
-                    f"{', '.join(f'{key!r}{near_matches(key, ends)}' for key in unknown)}"
-                )
-        for name, layer in linear.items():
-            choose_index(peft_config, name, *features(layer))
-        with_bias = {"none": (), "rocoft_only": targets.values(), "all": model.modules()}[peft_config.bias]
-        if peft_config.bias != "none" and all(getattr(module, "bias", None) is None for module in with_bias):
+        experts = resolve_experts(self, peft_config, model, all_layers=all_layers)
+        _check_experts_are_free(experts, model)
+        _check_linear(targets, model)
+        names = [*targets, *experts]
+        unknown = [key for key in named_modules(peft_config) if not find_named(key, names)]
+        if unknown:
+            ends = {end for name in names for end in (name, name.rpartition(".")[2])}
+            raise UserError(
+                f"indices name modules that are not among the target modules: "
+                f"{', '.join(f'{key!r}{near_matches(key, ends)}' for key in unknown)}"
+            )
+        for name, module in targets.items():
+            choose_indices(peft_config, name, *features(module))
+        for name, weight in experts.items():
+            choose_expert_indices(peft_config, name, weight.shape)
+        with_bias: dict[str, Iterable[Any]] = {
+            "none": (),
+            "rocoft_only": [*targets.values(), *experts.values()],
+            "all": [*model.modules(), *experts.values()],
+        }
+        if peft_config.bias != "none" and all(
+            getattr(module, "bias", None) is None for module in with_bias[peft_config.bias]
+        ):
             raise UserError(f"bias is {peft_config.bias!r}, but the model has no bias there to train; use bias='none'")
 
     def _check_new_adapter_config(self, config: RocoftConfig) -> None:
@@ -62,10 +85,22 @@ class RocoftModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in peft; with `bias="all"` the other modules that have a bias get a layer too."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
+        with warnings.catch_warnings():
+            # peft looks for these names among modules alone, not among fused weights
+            experts = list(find_experts(model))
+            if _match_any(config.rank_pattern, experts):
+                warnings.filterwarnings("ignore", "The following rank_pattern keys did not match", RuntimeWarning)
+            if _match_any(config.exclude_modules, experts):
+                warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        RocoftModel.after_injection(self, model, adapter_name, config)
+
+    @staticmethod
+    def after_injection(tuner: BaseTuner, model: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
+        """What is done to a model besides replacing the target layers, by this tuner or a mixed one."""
         if config.bias == "all":
-            self._wrap_other_biases(model, adapter_name, config)
+            _wrap_other_biases(tuner, model, adapter_name, config)
         _mark_shared_weights(model)
 
     def _create_and_replace(
@@ -80,35 +115,29 @@ class RocoftModel(BaseTuner):
         if isinstance(target, RocoftLinear):
             target.update_layer(adapter_name, rocoft_config, current_key)
             return
-        self._insert(
-            RocoftLinear(target, adapter_name, rocoft_config, current_key), adapter_name, target, target_name, parent
-        )
+        layer = RocoftLinear(target, adapter_name, rocoft_config, current_key, requantizer(self.model))
+        _insert(self, layer, adapter_name, target, target_name, parent)
 
-    def _wrap_other_biases(self, model: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
-        """Train the biases of the modules that are no targets."""
-        inside = None
-        for name, module in list(model.named_modules()):
-            if inside is not None and name.startswith(inside):
-                continue
-            inside = None
-            if isinstance(module, RocoftBias):
-                module.update_layer(adapter_name, config)
-            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-                inside = f"{name}."
-            elif isinstance(module._parameters.get("bias"), nn.Parameter) and name:
-                parent = model.get_submodule(name.rpartition(".")[0])
-                self._insert(
-                    RocoftBias(module, adapter_name, config), adapter_name, module, name.rpartition(".")[2], parent
-                )
-                inside = f"{name}."
-
-    def _insert(
-        self, layer: nn.Module, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module
-    ) -> None:
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # an additional adapter is not trained until it is activated
-        layer.train(target.training)
-        self._replace_module(parent, target_name, layer, target)
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Called by peft where the config has `target_parameters`: put layers beside the modules with fused experts."""
+        experts = resolve_experts(self, peft_config, model, all_layers=False)
+        for name, weight in experts.items():
+            module_name = name.rpartition(".")[0]
+            holder = model.get_submodule(module_name)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                if not isinstance(holder, RocoftExperts):
+                    target, holder = holder, RocoftExperts(holder)
+                    holder.add(weight, adapter_name, peft_config, name)
+                    parent, _, child = module_name.rpartition(".")
+                    _insert(self, holder, adapter_name, target, child, model.get_submodule(parent))
+                else:
+                    layer = holder.add(weight, adapter_name, peft_config, name)
+                    layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        # peft 0.21 keeps the names that are returned, peft 0.20 expects them to be kept here.
+        self.targeted_parameter_names += [name for name in experts if name not in self.targeted_parameter_names]
+        return list(experts)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         ours = {
@@ -127,11 +156,13 @@ class RocoftModel(BaseTuner):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
             return
         for layer in _layers(self.model):
-            dtype = next(layer.get_base_layer().parameters()).dtype
+            like = next(layer.get_base_layer().parameters(), None)
+            if like is None or not like.is_floating_point():
+                continue  # quantized: integers cannot be trained
             for name in layer.adapter_layer_names:
                 parameters = getattr(layer, name)
                 if adapter_name in parameters:
-                    parameters[adapter_name].data = parameters[adapter_name].data.to(dtype)
+                    parameters[adapter_name].data = parameters[adapter_name].data.to(like.dtype)
 
     # --- taking the adapter off --------------------------------------------------------------------------------------
 
@@ -151,34 +182,79 @@ class RocoftModel(BaseTuner):
         """Trained biases are adapter tensors of their own (`rocoft_bias`); the base's are not saved."""
         return {}
 
-    # --- batches of several adapters ---------------------------------------------------------------------------------
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """peft 0.21 leaves out what the model has no place for yet: make it (`reselection`)."""
+        for name, layer in model.named_modules():
+            if isinstance(layer, RocoftLinear):
+                layer.make_room_for_settled(adapter_name, state_dict, f"{name}." if name else "")
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """peft drops `adapter_names` in silence where a method does not know it."""
-        if kwargs.get("adapter_names") is not None:
+
+def _wrap_other_biases(tuner: BaseTuner, model: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
+    """Train the biases of the modules that are no targets."""
+    inside = None
+    for name, module in list(model.named_modules()):
+        if inside is not None and name.startswith(inside):
+            continue
+        inside = None
+        if isinstance(module, RocoftBias):
+            module.update_layer(adapter_name, config)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside = f"{name}."
+        # HQQ has its biases as plain attributes; a buffer called bias is something else, such as GPT-2's mask
+        elif isinstance(module._parameters.get("bias", vars(module).get("bias")), torch.Tensor) and name:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            layer = RocoftBias(module, adapter_name, config)
+            _insert(tuner, layer, adapter_name, module, name.rpartition(".")[2], parent)
+            inside = f"{name}."
+
+
+def _insert(
+    tuner: BaseTuner, layer: nn.Module, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module
+) -> None:
+    if adapter_name not in tuner.active_adapters:
+        layer.requires_grad_(False)  # an additional adapter is not trained until it is activated
+    layer.train(target.training)
+    tuner._replace_module(parent, target_name, layer, target)
+
+
+def _match_any(patterns: Iterable[str] | str | None, names: list[str]) -> bool:
+    """Whether any of the names or regular expressions is for one of `names`, as peft matches them."""
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    return any(get_pattern_key(patterns, name) in patterns for name in names)
+
+
+def _check_experts_are_free(experts: Iterable[str], model: nn.Module) -> None:
+    for name in experts:
+        holder: Any = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(holder, BaseTunerLayer) and not isinstance(holder, RocoftExperts):
             raise UserError(
-                "adapter_names does not work with RoCoFT: activate one adapter by set_adapter(), or merge it"
+                f"the experts of {name!r} have an adapter of another method, a {type(holder).__name__}; RoCoFT cannot train them "
+                "beside it: leave them out of one of the two (target_parameters)"
             )
-        yield
 
 
 def _layers(model: nn.Module) -> list[RocoftLayer]:
     return [module for module in model.modules() if isinstance(module, RocoftLayer)]
 
 
-def _linear_layers(targets: dict[str, nn.Module], model: nn.Module) -> dict[str, DenseLinear]:
-    """The linear layer of every target.
-
-    Raises:
-        UserError: a target is none, or nothing would ever call it.
-    """
-    linear = {name: layer for name, module in targets.items() if (layer := dense_linear(module)) is not None}
-    wrong = [name for name in targets if name not in linear]
+def _check_linear(targets: dict[str, nn.Module], model: nn.Module) -> None:
+    """Refuse targets that are no linear layers, or that nothing would ever call (UserError)."""
+    wrong = [name for name, module in targets.items() if not is_linear(module)]
     if wrong:
+        fused = [f"{wrong[0].rpartition('.')[2]}.{weight}" for weight in fused_weights(targets[wrong[0]])]
+        if fused:
+            raise UserError(
+                f"target module {wrong[0]!r} is a {type(targets[wrong[0]]).__name__}; its fused weights are named one by one, in "
+                f"target_parameters={fused}"
+            )
         raise UserError(
             f"target module {wrong[0]!r} is a {type(targets[wrong[0]]).__name__}; RoCoFT trains linear layers with a dense "
-            f"floating-point weight (torch.nn.Linear, Conv1D). {len(wrong)} of {len(targets)} targets are of another kind"
+            "floating-point weight (torch.nn.Linear, Conv1D) or one quantized by a package that peft knows (bitsandbytes, "
+            f"torchao, HQQ and others). {len(wrong)} of {len(targets)} targets are of another kind"
         )
     for name in targets:
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -187,7 +263,6 @@ def _linear_layers(targets: dict[str, nn.Module], model: nn.Module) -> dict[str,
                 f"target module {name!r} belongs to a torch.nn.MultiheadAttention, which reads its weight and never calls "
                 "it: an adapter there would do nothing. Leave it out of target_modules"
             )
-    return linear
 
 
 def _mark_shared_weights(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Rows and columns: the same claims for both, against the dense matrix written out."""
+"""Rows, columns and entries: the same claims for all, against the dense matrix written out."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnrow.ops import columns, rows
+from turnrow.ops import columns, entries, rows
 from turnrow.ops.delta import adapted
 
+ALL = pytest.mark.parametrize("ops", [rows, columns, entries], ids=["rows", "columns", "entries"])
 BOTH = pytest.mark.parametrize("ops", [rows, columns], ids=["rows", "columns"])
 
 
 def _case(ops, out_features=7, in_features=5, index=(4, 0, 2), dtype=torch.float64):
     weight = torch.randn(out_features, in_features, dtype=dtype)
-    index = torch.tensor(index)
+    index = torch.tensor(sorted(index) if ops is entries else index)
     delta = torch.randn(ops.shape(out_features, in_features, len(index)), dtype=dtype)
     dense = torch.zeros_like(weight)
     if ops is rows:
         dense[index] = delta
-    else:
+    elif ops is columns:
         dense[:, index] = delta
+    else:
+        dense.view(-1)[index] = delta
     return weight, index, delta, dense
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("leading", [(3,), (2, 3), (0,), ()])
 def test_overlay_equals_the_changed_weight(ops, leading):
     weight, index, delta, dense = _case(ops)
@@ -34,7 +37,7 @@ def test_overlay_equals_the_changed_weight(ops, leading):
     torch.testing.assert_close(y, x @ (weight + dense).t())
 
 
-@BOTH
+@ALL
 def test_put_writes_what_the_dense_change_says_and_keep_undoes_it(ops):
     weight, index, delta, dense = _case(ops)
     changed = weight.clone()
@@ -45,7 +48,7 @@ def test_put_writes_what_the_dense_change_says_and_keep_undoes_it(ops):
     assert torch.equal(changed, weight)
 
 
-@BOTH
+@ALL
 def test_put_writes_through_a_transposed_view(ops):
     weight, index, delta, dense = _case(ops)
     stored = weight.t().contiguous()
@@ -53,7 +56,7 @@ def test_put_writes_through_a_transposed_view(ops):
     assert torch.equal(stored, (weight + dense).t())
 
 
-@BOTH
+@ALL
 def test_attached_gradient_passes_gradcheck_against_the_overlay(ops):
     weight, index, delta, dense = _case(ops)
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
@@ -70,7 +73,7 @@ def test_attached_gradient_passes_gradcheck_against_the_overlay(ops):
     assert torch.autograd.gradcheck(lambda x, d: ops.overlay(x @ weight.t(), x, d, index), (x, delta))
 
 
-@BOTH
+@ALL
 def test_the_output_may_be_overwritten_by_its_reader(ops):
     weight, index, delta, _ = _case(ops)
     x = torch.randn(4, 5, dtype=torch.float64)
@@ -82,7 +85,7 @@ def test_the_output_may_be_overwritten_by_its_reader(ops):
     assert delta.grad.abs().sum() > 0
 
 
-@BOTH
+@ALL
 def test_an_optimizer_step_between_forward_and_backward_is_noticed(ops):
     weight, index, delta, _ = _case(ops)
     delta.requires_grad_()
@@ -94,7 +97,7 @@ def test_an_optimizer_step_between_forward_and_backward_is_noticed(ops):
         y.sum().backward()
 
 
-@BOTH
+@ALL
 def test_a_second_derivative_is_refused_instead_of_wrong(ops):
     weight, index, delta, _ = _case(ops)
     delta.requires_grad_()

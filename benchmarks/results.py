@@ -1,0 +1,47 @@
+"""What every result file has in common: where it comes from, how a spread is told, and that it is written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment
+from benchmarks.shapes import Shape
+
+__all__ = ["provenance", "spread", "write"]
+
+
+def provenance(benchmark: str, format_number: int, shape: Shape, device: str) -> dict[str, Any]:
+    """Return the head of a result: benchmark, time, machine, versions, commit, and the sizes of the model."""
+    return {
+        "format": format_number,
+        "benchmark": benchmark,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": environment.machine(device),
+        "versions": environment.versions(),
+        "commit": environment.commit(),
+        "shape": asdict(shape),
+    }
+
+
+def spread(samples: list[float]) -> dict[str, Any]:
+    """Return median, quartiles and all samples."""
+    if len(samples) == 1:
+        quartiles = [samples[0], samples[0]]
+    else:
+        low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+        quartiles = [low, high]
+    return {"median": statistics.median(samples), "quartiles": quartiles, "samples": samples}
+
+
+def write(result: dict[str, Any], path: Path) -> None:
+    """Write `result` as JSON; `path` is never seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    draft.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(draft, path)

@@ -1,0 +1,95 @@
+"""What a tuner does about quantized weights in its model, beyond what its layers do."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from turnrow.errors import UserError
+from turnrow.ops.rounding import MergeCost
+from turnrow.tuners._quantized import why_not_to_merge
+
+__all__ = ["QuantizedModelMixin", "keep_nf4_unpacked", "warn_of_merge_costs"]
+
+
+class QuantizedModelMixin(BaseTuner):
+    """To go before peft's class in the bases of a tuner whose layers have a `quantization_backend` and a `merge_cost`.
+
+    Layers that merge into weights are known by their `dense_values`.
+    """
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """As in peft; 4-bit weights stay in the form in which gradients go through them."""
+        keep_nf4_unpacked(model)
+        super().inject_adapter(model, *args, **kwargs)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in peft; says what it has cost where weights are quantized."""
+        super().merge_adapter(*args, **kwargs)
+        warn_of_merge_costs(self._layers_with_weights())
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        _check_can_merge(self._layers_with_weights())
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        layers = self._layers_with_weights()
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        warn_of_merge_costs(layers)
+        return unloaded
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, BaseTunerLayer) and new_module is child.get_base_layer():
+            setattr(
+                parent, child_name, new_module
+            )  # peft would ask for a `weight`, which not every quantized layer has
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _layers_with_weights(self) -> dict[str, BaseTunerLayer]:
+        """The adapter layers in which something is merged into a weight, by name."""
+        return {name: module for name, module in self.model.named_modules() if hasattr(module, "dense_values")}
+
+
+def _check_can_merge(layers: dict[str, BaseTunerLayer]) -> None:
+    """Refuse before anything is merged what cannot be merged (UserError, with the name of the first such layer)."""
+    for name, layer in layers.items():
+        backend = layer.quantization_backend
+        if backend is not None and (reason := why_not_to_merge(backend)):
+            raise UserError(f"module {name!r} has {reason}")
+
+
+def warn_of_merge_costs(layers: dict[str, BaseTunerLayer]) -> None:
+    """Say once for the model what merging into its quantized weights has cost, and name the worst of them."""
+    costs = {n: cost for n, layer in layers.items() if (cost := getattr(layer, "merge_cost", None)) is not None}
+    if costs:
+        worst = max(costs, key=lambda name: costs[name].relative)
+        warnings.warn(
+            f"merging has rounded {len(costs)} quantized weights anew: {MergeCost.sum(costs.values())}; the worst is "
+            f"{worst!r}: {costs[worst]}. An adapter kept beside the base loses nothing",
+            stacklevel=3,
+        )
+
+
+def keep_nf4_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for CPUs with AVX512-BF16, and unpack those that it has packed.
+
+    It packs a weight at the first forward in evaluation. From then on no gradient goes through that layer, and what is
+    read of it is garbage. Costs the speed of that kernel; does nothing on other CPUs and on GPUs. Unpacking does not bring
+    back the scales that packing has rounded to bfloat16: best called before the first forward.
+    """
+    for module in model.modules():
+        if not getattr(module, "support_avx512bf16_for_cpu", False):
+            continue
+        layer: Any = module
+        layer.support_avx512bf16_for_cpu = False
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+                layer.weight.data, layer.weight.quant_state
+            )
+            layer.quant_state = layer.weight.quant_state

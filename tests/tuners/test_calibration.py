@@ -1,0 +1,335 @@
+"""`turnrow.select`: what a RoCoFT adapter trains, chosen by what the base does with data."""
+
+from __future__ import annotations
+
+import gc
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import turnrow
+from benchmarks.measure import LiveBytes
+from tests.selection.test_gathering import autograd_sums, linears, norms_of_rows_alone, padded
+from tests.tuners.models import build, identical, output, perturb, snapshot
+from turnrow import RocoftConfig
+from turnrow.errors import UserError
+from turnrow.selection import STRATEGIES, choose_by_score, needs_data
+from turnrow.tuners._dense import dense_linear, dense_weight
+
+BY_DATA = [s for s in STRATEGIES if needs_data(s)]
+MODES = ["row", "column", "row+column", "entry"]
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    return [name for name in linears(model) if not name.startswith("classifier")]
+
+
+def config(mode: str = "row", **fields) -> RocoftConfig:
+    return RocoftConfig(mode=mode, **({"density": 0.03} if mode == "entry" else {}), **fields)
+
+
+def adapt(architecture: str = "llama", mode: str = "row", dtype: torch.dtype = torch.float64, **fields) -> PeftModel:
+    model, _ = build(architecture, dtype=dtype)
+    return get_peft_model(model, config(mode, target_modules=linear_names(model), **fields))
+
+
+def reference_scores(architecture: str, strategy: str) -> dict[str, torch.Tensor]:
+    """A score for every entry of every weight, (out, in)."""
+    model, _ = build(architecture, dtype=torch.float64)
+    if not strategy.startswith("wanda"):
+        return autograd_sums(model, padded(architecture), 2 if strategy == "fisher" else 1)
+    weights = {name: dense_weight(dense_linear(model.get_submodule(name))) for name in linear_names(model)}
+    norms = norms_of_rows_alone(model, padded(architecture))
+    return {name: weight.detach().abs() * norms[name] for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("strategy", BY_DATA)
+@pytest.mark.parametrize("architecture", ["llama", "roberta", "gpt2"])
+def test_the_choice_is_that_of_slow_scores(architecture, strategy):
+    scores = reference_scores(architecture, strategy)
+    for mode in MODES:
+        selection = turnrow.select(adapt(architecture, mode, selection=strategy), padded(architecture))
+        assert (selection.mode, selection.strategy) == (mode, strategy)
+        assert {chosen.module for chosen in selection} <= scores.keys()
+        for chosen in selection:
+            whole = scores[chosen.module]
+            part = {"row": whole.sum(1), "column": whole.sum(0), "entry": whole.flatten()}[chosen.part]
+            assert chosen.shape == tuple(whole.shape)
+            assert chosen.index.tolist() == choose_by_score(strategy, part, len(chosen.index)).tolist()
+            assert chosen.share == pytest.approx(float(part[chosen.index].sum() / part.sum()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_chosen_is_what_is_trained_and_saved(mode, tmp_path):
+    _, inputs = build("llama", dtype=torch.float64)
+    model = adapt("llama", mode, selection="gradient")
+    base = output(build("llama", dtype=torch.float64)[0], inputs)
+    selection = turnrow.select(model, padded("llama"))
+    assert torch.equal(output(model, inputs), base)
+    perturb(model)
+    changed = {
+        name: (dense_weight(dense_linear(merged)) - dense_weight(dense_linear(plain))).detach() != 0
+        for (name, plain), (_, merged) in zip(
+            build("llama", dtype=torch.float64)[0].named_modules(),
+            adapt_and_merge(model, tmp_path).named_modules(),
+            strict=True,
+        )
+        if name in {chosen.module for chosen in selection}
+    }
+    for name, mask in changed.items():
+        expected = torch.zeros_like(mask)
+        for chosen in selection:
+            if chosen.module == name:
+                if chosen.part == "row":
+                    expected[chosen.index] = True
+                elif chosen.part == "column":
+                    expected[:, chosen.index] = True
+                else:
+                    expected.view(-1)[chosen.index] = True
+        assert torch.equal(mask, expected)
+
+
+def adapt_and_merge(model: PeftModel, folder) -> nn.Module:
+    model.save_pretrained(folder)
+    loaded = PeftModel.from_pretrained(build("llama", dtype=torch.float64)[0], folder, is_trainable=True)
+    loaded.train()
+    loaded(**build("llama")[1])  # a loaded adapter knows its indices: training is not refused
+    return loaded.merge_and_unload()
+
+
+def test_the_choice_is_the_same_every_time_and_can_be_given_as_indices():
+    first = turnrow.select(adapt(selection="fisher"), padded("llama"))
+    again = turnrow.select(adapt(selection="fisher"), padded("llama"))
+    assert first.indices() == again.indices()
+    given = turnrow.select(adapt(indices=first.indices()))
+    assert (given.strategy, given.indices()) == ("indices", first.indices())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_file_of_indices_is_read(mode, tmp_path):
+    selection = turnrow.select(adapt(mode=mode, selection="wanda_max"), padded("llama"))
+    (tmp_path / "indices.json").write_text(json.dumps(selection.to_dict()))
+    model = adapt(mode=mode, indices=str(tmp_path / "indices.json"))
+    assert turnrow.select(model).indices() == selection.indices()
+
+
+def state(model: nn.Module) -> tuple:
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()]
+    flags = [(n, p.requires_grad, p.grad is None) for n, p in model.named_parameters()]
+    disabled = [m._disable_adapters for m in model.modules() if hasattr(m, "_disable_adapters")]
+    return [m.training for m in model.modules()], hooks, flags, disabled, model.active_adapters
+
+
+@pytest.mark.parametrize("strategy", ["wanda_mixed", "gradient"])
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_all_but_the_indices_is_left_as_it_was(strategy, error):
+    model = adapt("roberta", selection=strategy, modules_to_save=["classifier"])
+    model.train()
+    model.base_model.model.roberta.encoder.layer[1].eval()
+    before, weights = state(model), snapshot(model)
+    indices = turnrow.select(adapt("roberta")).indices()
+
+    def batches():
+        yield padded("roberta")[0]
+        if error:
+            raise error
+
+    if error:
+        with pytest.raises(error):
+            turnrow.select(model, batches())
+        with pytest.raises(UserError, match="selects what it trains by data, and has seen none"):
+            model(**padded("roberta")[0])
+        held = {n: layer.rocoft_row_index["default"].tolist() for n, layer in layers(model).items()}
+        assert held == indices
+    else:
+        turnrow.select(model, batches())
+    assert state(model) == before
+    assert identical(snapshot(model), weights)
+
+
+def layers(model: PeftModel) -> dict[str, nn.Module]:
+    return {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "rocoft_row_index")}
+
+
+def test_another_adapter_is_off_meanwhile_and_as_it_was_afterwards():
+    expected = turnrow.select(adapt(selection="gradient"), padded("llama"))
+    model = adapt()
+    _, inputs = build("llama", dtype=torch.float64)
+    model.add_adapter("second", config(selection="gradient", target_modules=linear_names(build("llama")[0])))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("rocoft_row.default"):
+                parameter.normal_(std=0.05)
+    adapted = output(model, inputs)  # goes live: the weights hold the first adapter
+    assert turnrow.select(model, padded("llama"), "second").indices() == expected.indices()
+    assert model.active_adapters == ["default"]
+    assert torch.equal(output(model, inputs), adapted)
+
+
+def test_beside_lora_in_a_mixed_model_the_choice_is_the_same():
+    expected = turnrow.select(adapt(selection="fisher"), padded("llama"))
+    model, _ = build("llama", dtype=torch.float64)
+    lora = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    rocoft = config(selection="fisher", target_modules=linear_names(model))
+    mixed = get_peft_model(model, rocoft, mixed=True)
+    mixed.add_adapter("lora", lora)
+    mixed.set_adapter(["default", "lora"])
+    assert turnrow.select(mixed, padded("llama")).indices() == expected.indices()
+
+
+def test_training_is_refused_until_the_choice_is_made():
+    model = adapt(selection="gradient")
+    _, inputs = build("llama", dtype=torch.float64)
+    output(model, inputs)  # evaluating is not: the difference is zero whatever it belongs to
+    with pytest.raises(
+        UserError, match="adapter 'default' selects what it trains by data, and has seen none: call turnrow"
+    ):
+        model(**inputs)
+    turnrow.select(model, padded("llama"))
+    model(**inputs).loss.backward()
+    assert all(layer.rocoft_row["default"].grad.any() for layer in layers(model).values())
+
+
+def test_indices_that_are_given_stay_and_the_rest_is_chosen():
+    whole = turnrow.select(adapt(selection="gradient"), padded("llama"))
+    model = adapt(selection="gradient", indices={"q_proj": [7, 1]})
+    selection = turnrow.select(model, padded("llama"))
+    for chosen, by_data in zip(selection, whole, strict=True):
+        if chosen.module.endswith("q_proj"):
+            assert (chosen.index.tolist(), chosen.share) == ([7, 1], None)
+        else:
+            assert (chosen.index.tolist(), chosen.share) == (by_data.index.tolist(), by_data.share)
+
+
+def test_each_module_has_its_own_rank():
+    model = adapt(selection="wanda_max", rank_pattern={"down_proj": 5})
+    for chosen in turnrow.select(model, padded("llama")):
+        assert len(chosen.index) == (5 if chosen.module.endswith("down_proj") else 3)
+
+
+@pytest.mark.parametrize("strategy", ["first", "last", "uniform", "random"])
+def test_strategies_without_data_are_chosen_when_the_layer_is_made(strategy):
+    model = adapt(selection=strategy)
+    model.train()
+    model(**build("llama")[1])
+    selection = turnrow.select(model)
+    assert selection.strategy == strategy
+    assert all(chosen.share is None for chosen in selection)
+    by_module = {chosen.module: tuple(chosen.index.tolist()) for chosen in selection}
+    same_size = [by_module[f"model.layers.{i}.self_attn.{p}_proj"] for i in (0, 1) for p in "qo"]
+    assert len(set(same_size)) == (4 if strategy == "random" else 1)
+
+
+def test_the_seed_decides_what_is_random():
+    drawn = [turnrow.select(adapt(selection="random", selection_seed=seed)).indices() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+class WithIdleLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(4, 6), nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+def test_modules_without_data_keep_their_first_and_are_named(caplog):
+    torch.manual_seed(0)
+    model = get_peft_model(WithIdleLayer(), config(selection="wanda_max", r=2, target_modules=["used", "idle"]))
+    used, idle = turnrow.select(model, [{"x": torch.randn(8, 4)}])
+    assert (used.share is not None, idle.share, idle.index.tolist()) == (True, None, [0, 1])
+    assert "say nothing of 1 of 2 modules, where the first are chosen: idle" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["wanda_max", "fisher"])
+def test_scores_that_are_not_finite_name_the_module_and_nothing_is_chosen(strategy):
+    model = adapt(selection=strategy)
+    with torch.no_grad():
+        dense_linear(model.base_model.model.model.layers[1].self_attn.k_proj).weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match=f"the {strategy} score of row 0 of module 'model.layers.* not finite"):
+        turnrow.select(model, padded("llama"))
+    assert all(layer.rocoft_row_index["default"].tolist() == [0, 1, 2] for layer in layers(model).values())
+
+
+def test_a_trained_adapter_is_refused():
+    model = adapt(selection="gradient")
+    turnrow.select(model, padded("llama"))
+    turnrow.select(model, padded("llama"))  # not trained yet: may be chosen anew
+    perturb(model)
+    with pytest.raises(
+        UserError, match="adapter 'default' is trained already: its difference in module 'model.layers.0"
+    ):
+        turnrow.select(model, padded("llama"))
+
+
+def test_a_merged_adapter_is_refused():
+    model = adapt(selection="gradient")
+    model.merge_adapter()
+    with pytest.raises(UserError, match="adapter 'default' is merged into the base model: call unmerge_adapter"):
+        turnrow.select(model, padded("llama"))
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (None, "adapter 'default' selects by 'gradient', which needs data: give select"),
+        ([], "selection 'gradient' needs data, but there is no calibration batch"),
+    ],
+)
+def test_data_are_needed(batches, message):
+    with pytest.raises(UserError, match=message):
+        turnrow.select(adapt(selection="gradient"), batches)
+
+
+def test_the_wrong_model_or_adapter_is_named():
+    with pytest.raises(UserError, match="was given a LlamaForCausalLM; put the adapter in first"):
+        turnrow.select(build("llama")[0])
+    with pytest.raises(
+        UserError, match="there is no adapter 'defautl'; the model has 'default'; did you mean 'default'"
+    ):
+        turnrow.select(adapt(), adapter_name="defautl")
+    lora = get_peft_model(build("llama")[0], LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="adapter 'default' is of LoraConfig; select.. is for RoCoFT"):
+        turnrow.select(lora)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"selection": "gradiant"}, "selection is 'gradiant'; it must be one of .*; did you mean 'gradient'"),
+        ({"selection_seed": 0.5}, "selection_seed is 0.5; it must be a whole number"),
+        ({"indices": "nowhere.json"}, "the file 'nowhere.json', which cannot be read"),
+    ],
+)
+def test_bad_settings_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        RocoftConfig(**fields)
+
+
+@pytest.mark.parametrize("strategy", ["wanda_max", "fisher"])
+def test_memory_does_not_grow_with_the_number_of_batches(strategy):
+    batches = padded("llama", batches=1)
+
+    def peak(count: int) -> int:
+        model = adapt(selection=strategy)
+        gc.collect()
+        with LiveBytes() as live:
+            turnrow.select(model, batches * count)
+        return live.peak
+
+    peak(1)  # whatever is made once
+    assert peak(2) == peak(10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", ["random", "wanda_max", "gradient"])
+def test_a_gpu_chooses_the_same_every_time_and_as_the_cpu(strategy):
+    def chosen(device: str) -> dict:
+        model = adapt(selection=strategy).to(device)
+        return turnrow.select(model, padded("llama")).indices()
+
+    assert chosen("cuda") == chosen("cuda") == chosen("cpu")
