@@ -138,11 +138,13 @@ class Run:
         saved = {"version": 1, "name": "classification", "options": options, "learned": {"labels": [0, 1]}}
         self.task = task_from_dict(saved)
         self.args = training_arguments(self.recipe, self.task, fields["output_dir"])
-        self.base = load_base(self.recipe.model, self.task, dtype=self.recipe.dtype)
+        self.base = load_base(
+            self.recipe.model, self.task, dtype=self.recipe.dtype, quantization=self.recipe.quantization
+        )
         self.model = apply_method(self.base, self.recipe.method, self.task.peft_task_type)
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
-            # Reads it, and with it the pages of the file.
-            tensor.detach().view(-1).max() if tensor.numel() else None
+            if tensor.numel() and self.recipe.quantization is None:
+                tensor.detach().view(-1).max()  # reads it, and with it the pages of the file
 
     def train(self) -> None:
         from datasets import Dataset

@@ -259,4 +259,5 @@ def plain_errors(name: str) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        absent = "" if Path(name).exists() or name.startswith(_PREFIX) else " (and there is no folder of that name)"
+        raise UserError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}{absent}") from error

@@ -21,6 +21,7 @@ __all__ = [
     "dense_weight",
     "features",
     "is_plain_tensor",
+    "is_rehearsal",
     "is_sharded",
     "is_torchao",
     "may_change_in_place",
@@ -73,7 +74,7 @@ def dense_weight(layer: DenseLinear, *, values: bool = False) -> Tensor:
 
 def is_plain_tensor(weight: Tensor) -> bool:
     """Whether the values of `weight` are all here: no sharded or quantized subclass, nothing on the meta device."""
-    if _rehearsing.get() and isinstance(weight, FakeTensor):
+    if is_rehearsal() and isinstance(weight, FakeTensor):
         return True
     return type(weight) in (Tensor, nn.Parameter) and weight.device.type != "meta"
 
@@ -83,13 +84,18 @@ def rehearsal() -> Iterator[None]:
     """In this block a FakeTensor passes for a weight that is here.
 
     A forward and backward on fake tensors then goes through the same steps, and takes the same bytes, as training does;
-    otherwise layers treat a weight without values as one that is elsewhere.
+    otherwise layers treat a weight without values as one that is elsewhere. What is chosen by data passes for chosen.
     """
     token = _rehearsing.set(True)
     try:
         yield
     finally:
         _rehearsing.reset(token)
+
+
+def is_rehearsal() -> bool:
+    """Whether this is a `rehearsal`."""
+    return _rehearsing.get()
 
 
 def is_sharded(layer: nn.Module, parameter: str = "weight") -> bool:

@@ -13,11 +13,21 @@ __all__ = ["LORA_RANK", "candidates", "title"]
 LORA_RANK = 8
 
 # Which modules are adapted is the recipe's choice for every method that can take it.
-_SHARED = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+_SHARED = (
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+)
 
 
 def candidates(method: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The `method` sections to compare, the given one first, none twice."""
+    """The `method` sections to compare, the given one first, none twice.
+
+    RoCoFT's rows and columns take the same whichever they are, so beside rows there are no other rows.
+    """
     shared = {name: method[name] for name in _SHARED if method.get(name) is not None}
     everywhere = {"target_modules": "all-linear", **shared}
     rank = {"r": method["r"]} if method["name"] == "rocoft" and "r" in method else {}
@@ -32,20 +42,22 @@ def candidates(method: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     chosen = [dict(method)]
     for other in map(_without_unknown, others):
-        if all(_identity(other) != _identity(known) for known in chosen):
+        if all(_kind(other) != _kind(known) for known in chosen):
             chosen.append(other)
     return chosen
 
 
 def title(method: Mapping[str, Any]) -> str:
     """A short name, such as ``"rocoft row r=3"``."""
-    config = method_config(method)
-    if config is None:
-        return str(method["name"])
-    kind = {"rocoft": "mode", "road": "variant"}.get(method["name"])
+    config: Any = method_config(method)
+    name = str(method["name"])
+    if name == "rocoft":
+        size = f"density={config.density}" if config.mode == "entry" else f"r={config.r}"
+        return f"rocoft {config.mode} {'of given indices' if config.indices is not None else size}"
+    if name == "road":
+        return f"road {config.variant}"
     rank = getattr(config, "r", None)
-    parts = [method["name"], kind and getattr(config, kind), rank and f"r={rank}"]
-    return " ".join(str(part) for part in parts if part)
+    return f"{name} r={rank}" if rank else name
 
 
 def _without_unknown(method: dict[str, Any]) -> dict[str, Any]:
@@ -55,6 +67,9 @@ def _without_unknown(method: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in method.items() if name in known}
 
 
-def _identity(method: Mapping[str, Any]) -> tuple[Any, ...]:
-    config = method_config(method)
+def _kind(method: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two methods have in common of which one is enough."""
+    config: Any = method_config(method)
+    if method["name"] == "rocoft":
+        return ("rocoft", config.mode)
     return (method["name"], None if config is None else config.to_dict())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +16,7 @@ from turnrow.training.planning.candidates import candidates, title
 from turnrow.training.planning.figures import BatchForecast, MethodPlan, Plan
 from turnrow.training.planning.largest import largest_batch
 from turnrow.training.planning.optimizer import optimizer_bytes
+from turnrow.training.planning.quantized import treat_as_quantized, unpacked_bytes
 from turnrow.training.planning.setting import Setting
 from turnrow.training.planning.walk import walk
 from turnrow.training.recipe import Recipe
@@ -84,9 +85,9 @@ def _check_sizes(batches: Sequence[object] | None, sequence: object, memory: obj
 
 
 def _plan_method(method: Mapping[str, Any], setting: Setting, sizes: Sequence[int], memory: int | None) -> MethodPlan:
-    base = copy.deepcopy(setting.skeleton.model)
-    base_bytes = _bytes(base)
-    model = _adapted(Skeleton(base, setting.skeleton.new_modules), method, setting.task.peft_task_type)
+    skeleton = setting.base_for(method)
+    base_bytes = _bytes(skeleton.model)
+    model, warned = _adapted(skeleton, method, setting.task.peft_task_type)
     setting.prepare(model)
     model_bytes = _bytes(model)
     if method["name"] == "full":
@@ -109,7 +110,7 @@ def _plan_method(method: Mapping[str, Any], setting: Setting, sizes: Sequence[in
         return BatchForecast(batch, steps.saved, model_bytes + max(moments))
 
     count = count_parameters(model)
-    notes = ["the state of this optimizer is not known, and left out"] if optimizer is None else []
+    notes = [*warned, *(["the state of this optimizer is not known, and left out"] if optimizer is None else [])]
     fits = None
     try:
         forecasts = {size: forecast(size) for size in sizes}
@@ -117,7 +118,8 @@ def _plan_method(method: Mapping[str, Any], setting: Setting, sizes: Sequence[in
             fits = largest_batch(lambda size: (forecasts.get(size) or forecast(size)).peak_bytes or 0, memory)
     except (RuntimeError, AssertionError) as error:
         forecasts = {size: BatchForecast(size, None, None) for size in sizes}
-        notes.append(f"no forecast of the step, which torch cannot run without values: {str(error).splitlines()[0]}")
+        reason = str(error).splitlines()[0].removesuffix(".")
+        notes.append(f"no forecast of the step, which cannot run without values: {reason}")
     return MethodPlan(
         title=title(method),
         method=dict(method),
@@ -133,16 +135,21 @@ def _plan_method(method: Mapping[str, Any], setting: Setting, sizes: Sequence[in
     )
 
 
-def _adapted(base: Skeleton, method: Mapping[str, Any], peft_task_type: str) -> Any:
+def _adapted(base: Skeleton, method: Mapping[str, Any], peft_task_type: str) -> tuple[Any, list[str]]:
+    """The model with the adapter, and what the method warned of."""
     try:
-        with torch.device("meta"):
-            return apply_method(base, method, peft_task_type)
+        with torch.device("meta"), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            model = apply_method(base, method, peft_task_type)
     except RuntimeError as error:
         raise UserError(
             f"method {method['name']} cannot be planned, because it starts from the values of the weights: {error}"
         ) from error
+    treat_as_quantized(model)
+    return model, list(dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning))
 
 
 def _bytes(model: nn.Module) -> int:
     """Of parameters and buffers, each once however many names it has."""
-    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.nbytes for tensor in tensors) - unpacked_bytes(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import cached_file
 
 from turnrow.errors import UserError
+from turnrow.selection import needs_data
 from turnrow.tasks import Task, make_task, read_table
 from turnrow.training.base import (
     Base,
@@ -23,6 +25,7 @@ from turnrow.training.base import (
     position_limit,
     resolve_model,
 )
+from turnrow.training.planning.quantized import quantize_skeleton
 from turnrow.training.recipe import Recipe
 from turnrow.training.skeleton import Skeleton, load_skeleton
 from turnrow.training.trainer import training_arguments
@@ -40,6 +43,8 @@ class Setting:
     args: TrainingArguments
     task: Task
     skeleton: Skeleton
+    quantization: str | Mapping[str, Any] | None
+    """As of `Recipe.quantization`."""
     sequence: int
     """Tokens a row."""
     notes: tuple[str, ...]
@@ -69,7 +74,18 @@ class Setting:
         if skeleton.model.config.pad_token_id is None:
             # Any will do: there are no tokens.
             skeleton.model.config.pad_token_id = 0
-        return cls(args, task, skeleton, tokens, (*notes, *more))
+        return cls(args, task, skeleton, recipe.quantization, tokens, (*notes, *more, *_unplanned(recipe)))
+
+    def base_for(self, method: Mapping[str, Any]) -> Skeleton:
+        """A copy of the base for one method, quantized but for full fine-tuning, which trains every weight.
+
+        Raises:
+            UserError: the bytes of the quantization are not known.
+        """
+        base = Skeleton(copy.deepcopy(self.skeleton.model), self.skeleton.new_modules)
+        if method["name"] != "full":
+            quantize_skeleton(base, self.quantization)
+        return base
 
     @property
     def device(self) -> torch.device:
@@ -129,6 +145,20 @@ def _head(task: Task, train: str) -> tuple[dict[str, Any], list[str]]:
         return {"num_labels": 2}, [f"2 labels: the training split {train!r} is no local file"]
     task.fit(read_table(train, "train"))
     return task.model_kwargs(), []
+
+
+def _unplanned(recipe: Recipe) -> list[str]:
+    """What the run would do beside its steps, or in another way than the plan takes it."""
+    notes = []
+    if needs_data(str(recipe.method.get("selection"))):
+        notes.append("the selection is made already: the pass over calibration data is not in the forecast")
+    if recipe.reselection is not None:
+        notes.append("nothing is selected anew: neither the scoring nor what was settled is in the forecast")
+    if recipe.quantization is not None:
+        notes.append(
+            "quantized weights are unpacked whole, one layer at a time; full fine-tuning is of the base as it is"
+        )
+    return notes
 
 
 def _sequence(given: int | None, recipe: Recipe, skeleton: Skeleton) -> tuple[int, list[str]]:

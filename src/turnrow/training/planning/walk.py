@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from turnrow.training.live_bytes import LiveBytes
 from turnrow.tuners import rehearsal
 from turnrow.tuners.road.layer import RoadLinear
+from turnrow.tuners.rocoft.layer import RocoftLayer
 
 __all__ = ["Walk", "walk"]
 
@@ -61,7 +63,7 @@ def walk(
     """
     mode = FakeTensorMode()
     # The layers compare addresses to notice changes. All are 0 here, and nothing changes.
-    with warnings.catch_warnings(), rehearsal(), mode:
+    with warnings.catch_warnings(), _without_tracebacks(), rehearsal(), mode:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         hollow, inputs = _hollow_copy(model, device), make_inputs()
         first = _step(hollow, inputs, precision, micro_steps)
@@ -88,6 +90,10 @@ def _step(
 ) -> _Step:
     saved = 0
     with LiveBytes() as live:
+        for module in model.modules():
+            if isinstance(module, RocoftLayer):
+                # Works out of the indices what it keeps at hand, as it does when a run moves the model.
+                module.set_adapter(module.active_adapters)
         for number in range(min(micro_steps, 2)):
             with precision():
                 loss = model(**inputs).loss
@@ -102,6 +108,17 @@ def _step(
         return _Step(saved - live.now, live.peak, live.now)
 
 
+@contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """torch logs the traceback of an operator that it does not know without values, and then raises the error as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
+
+
 def _hollow_copy(model: nn.Module, device: torch.device) -> nn.Module:
     """A copy of a model on the meta device whose tensors claim to be on `device`; call it under FakeTensorMode."""
     memo: dict[int, object] = {}
@@ -109,7 +126,9 @@ def _hollow_copy(model: nn.Module, device: torch.device) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(_hollow(parameter, device), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = _hollow(buffer, device)
-    return copy.deepcopy(model, memo)
+    # Whatever else the layers hold is copied as it is.
+    with unset_fake_temporarily():
+        return copy.deepcopy(model, memo)
 
 
 def _hollow(tensor: Tensor, device: torch.device) -> Tensor:
