@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turnrow.tuners._quantized_model import keep_nf4_unpacked
+from turnrow.tuners._quantized_model import dequantize, keep_nf4_unpacked
 from turnrow.tuners.counting import ParameterCount, count_parameters
 from turnrow.tuners.registration import register
 from turnrow.tuners.road import RoadConfig, RoadModel
@@ -17,6 +17,7 @@ __all__ = [
     "RocoftModel",
     "check_reselection",
     "count_parameters",
+    "dequantize",
     "keep_nf4_unpacked",
     "move_optimizer_state",
     "register",
