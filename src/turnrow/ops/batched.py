@@ -266,23 +266,37 @@ def rotate(h: Tensor, rotations: Rotations) -> Tensor:
         h: (B, T, out).
 
     Returns:
-        (B, T, out), a new tensor in the dtype of h; computed in the wider dtype of h and the parameters.
+        (B, T, out) in the dtype of h; computed in the wider dtype of h and the parameters.
     """
-    h = h.contiguous()
-    z = h * rotations.diagonal
-    in_place = not _asks_for_gradient(z)
-    for kind in rotations.kinds:
-        own = h if kind.samples is None else h.index_select(0, kind.samples)
-        pairs = (-1, h.shape[1], kind.s2.shape[2], 2, kind.s2.shape[3])
-        h1, h2 = own.view(pairs).unbind(3)  # (b, T, groups, half)
-        if kind.samples is None and in_place:
-            z1, z2 = z.view(pairs).unbind(3)
-            z1.addcmul_(h2, kind.minus_s1)
-            z2.addcmul_(h1, kind.s2)
-            continue
-        crossed = torch.stack((h2 * kind.minus_s1, h1 * kind.s2), dim=3).view(own.shape)
-        z = z + crossed if kind.samples is None else z.index_add(0, kind.samples, crossed)
+    wide = h.contiguous().to(torch.promote_types(h.dtype, rotations.diagonal.dtype))
+    crossed = [_crossed(wide, kind) for kind in rotations.kinds]
+    if _asks_for_gradient(wide, rotations.diagonal):
+        z = wide * rotations.diagonal
+        for kind, (of_h2, of_h1) in zip(rotations.kinds, crossed, strict=True):
+            change = torch.stack((of_h2, of_h1), dim=3).flatten(2)
+            z = z + change if kind.samples is None else z.index_add(0, kind.samples, change)
+        return z.to(h.dtype)
+    # In place: on a CPU the time goes into memory that is touched, and h has just been written.
+    z = wide.mul_(rotations.diagonal)
+    for kind, (of_h2, of_h1) in zip(rotations.kinds, crossed, strict=True):
+        if kind.samples is None:
+            z1, z2 = _halves(z, kind)
+            z1.add_(of_h2)
+            z2.add_(of_h1)
+        else:
+            z.index_add_(0, kind.samples, torch.stack((of_h2, of_h1), dim=3).flatten(2))
     return z.to(h.dtype)
+
+
+def _halves(h: Tensor, kind: RotationsOfAKind) -> tuple[Tensor, ...]:
+    """The first and the second members of all pairs, two views (B, T, groups, half)."""
+    return h.view(-1, h.shape[1], kind.s2.shape[2], 2, kind.s2.shape[3]).unbind(3)
+
+
+def _crossed(h: Tensor, kind: RotationsOfAKind) -> tuple[Tensor, Tensor]:
+    """(-s1 h2, s2 h1) for the samples of a kind."""
+    h1, h2 = _halves(h if kind.samples is None else h.index_select(0, kind.samples), kind)
+    return h2 * kind.minus_s1, h1 * kind.s2
 
 
 def _filled(chosen: Sequence[Chosen | None]) -> tuple[list[Tensor], list[Tensor]]:
