@@ -204,4 +204,4 @@ def test_a_sample_that_is_not_rotated_stays_as_it_is_to_the_bit():
 
 
 def test_no_rotation_in_the_batch_is_nothing_to_stack():
-    assert batched.stack_rotations([], 3, OUT) is None
+    assert batched.stack_rotations([], 3, OUT) == []
