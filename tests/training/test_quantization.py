@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertModel, RobertaConfig, RobertaModel
 
 from tests.training.conftest import tiny_config
+from tests.training.test_resume import WEIGHTS, CrashError, crash
 from turnrow.adapters import quantization as adapters_quantization
 from turnrow.cli.main import main
 from turnrow.errors import UserError
 from turnrow.tasks import make_task
-from turnrow.training import evaluate_adapter, train
+from turnrow.training import evaluate_adapter, load_saved, train
 from turnrow.training.base import load_base
 from turnrow.training.quantization import QUANTIZATIONS, check_quantization
 
@@ -63,6 +64,30 @@ def test_a_run_is_evaluated_again_to_the_last_digit_and_merged(kind, base, films
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     assert merged.is_quantized
     assert merged.classifier.weight.dtype == torch.float32
+
+    assert main(["merge", "--adapter", str(result.adapter), "--out", str(tmp_path / "dense"), "--dequantize"]) == 0
+    assert "rounded" not in capsys.readouterr().out
+    dense = AutoModelForSequenceClassification.from_pretrained(tmp_path / "dense").eval()
+    assert not getattr(dense, "is_quantized", False)
+    adapted = load_saved(result.adapter).model
+    ids = torch.arange(5, 15)[None]
+    wanted, lossless, rounded = (m.eval()(input_ids=ids).logits for m in (adapted, dense, merged))
+    torch.testing.assert_close(lossless, wanted, rtol=0, atol=1e-5 if kind != "int8" else 3e-3)
+    torch.testing.assert_close(rounded, wanted, rtol=0, atol=0.2)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao_int4"])
+def test_a_resumed_run_ends_with_the_same_weights(kind, base, make_recipe, monkeypatch, tmp_path):
+    needs_package(kind)
+    changes = {"model": base, "quantization": kind, "training": {"save_steps": 3, "eval_strategy": "no"}}
+    whole = train(make_recipe(**changes, output_dir=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        crash(patch, 6)
+        with pytest.raises(CrashError):
+            train(make_recipe(**changes))
+    resumed = train(make_recipe(**changes), resume=True)
+    assert resumed.metrics["resumed_from_step"] == 3
+    assert (resumed.adapter / WEIGHTS).read_bytes() == (whole.adapter / WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("method", [{"name": "road", "group_size": 8}, {"name": "lora", "r": 2}, {"name": "head"}])

@@ -18,6 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", required=True, help="the adapter's folder")
     parser.add_argument("--out", metavar="DIR", required=True, help="a new or empty folder for the merged model")
     parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="of a quantized base: merge into a dense copy, which loses nothing and takes the memory of a dense model",
+    )
+    parser.add_argument(
         "--no-check-base", action="store_true", help="merge even if the base is not the one it was trained on"
     )
 
@@ -40,6 +45,10 @@ def run(args: argparse.Namespace) -> int:
     # a classifier that the base lacks is the adapter's to bring
     with without_load_report():
         model = load_base(adapter, base)
+    if args.dequantize:
+        from turnrow.tuners import dequantize
+
+        dequantize(model)
     # a tokenizer that was saved with the adapter may have been given new tokens
     processor = load_processor(args.adapter) or load_processor(base)
     result = merge_adapter(model, args.adapter, args.out, processor=processor, check_base=not args.no_check_base)
@@ -52,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {name}: {change:.6g} of {before:.6g}")
     if result.costs:
         worst = sorted(result.costs, key=lambda name: result.costs[name].relative, reverse=True)[:3]
-        print(f"rounded {len(result.costs)} quantized weights anew: {result.cost}")
+        print(f"rounded {len(result.costs)} quantized weights anew: {result.cost}; --dequantize loses nothing")
         for name in worst:
             print(f"  {name}: {result.costs[name]}")
     if result.unread:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 from torch.nn.utils.rnn import pad_sequence
 
-from turnrow.ops.rotation import Variant, coefficients
+from turnrow.ops import rotation
 
 __all__ = [
     "Angles",
@@ -30,7 +30,6 @@ __all__ = [
     "Columns",
     "Entries",
     "Rotations",
-    "RotationsOfAKind",
     "Rows",
     "add_bias",
     "add_columns",
@@ -193,32 +192,10 @@ def add_bias(y: Tensor, bias: Tensor, dim: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class RotationsOfAKind:
-    """Off the diagonal of R: what the samples of one group size g add of each feature's partner."""
-
-    samples: Tensor | None
-    """(b,) int64, which samples; None for all."""
-    minus_s1: Tensor
-    """(b, 1, out / g, g / 2): z1 has -s1 h2"""
-    s2: Tensor
-    """(b, 1, out / g, g / 2): z2 has s2 h1"""
-
-
-@dataclass(frozen=True, eq=False)
-class Rotations:
-    """R of every sample's adapter."""
-
-    diagonal: Tensor
-    """(B, 1, out): c1 and c2; one where a sample has no rotation"""
-    kinds: tuple[RotationsOfAKind, ...]
-    """One for each group size in the batch."""
-
-
-@dataclass(frozen=True, eq=False)
 class Angles:
     """Parameters of the samples whose adapters are of one variant and group size."""
 
-    variant: Variant
+    variant: rotation.Variant
     group_size: int
     samples: Sequence[int]
     """Which samples of the batch."""
@@ -227,62 +204,73 @@ class Angles:
     alpha: Sequence[Tensor]
 
 
-def stack_rotations(angles: Sequence[Angles], samples: int, out_features: int) -> Rotations | None:
-    """R of all samples of a batch of `samples`; None if no sample has a rotation.
+@dataclass(frozen=True, eq=False)
+class Rotations:
+    """R of the samples of one group size g."""
+
+    samples: Tensor | None
+    """(b,) int64, which samples; None for all, R being the identity where a sample has no rotation."""
+    blocks: rotation.Coefficients
+    """(c1, s1, c2, s2), each (b, 1, out / g, g / 2)."""
+
+
+def stack_rotations(angles: Sequence[Angles], samples: int, out_features: int) -> list[Rotations]:
+    """R of all samples of a batch of `samples`, by group size.
 
     Args:
         angles: one for each variant and group size in the batch; a sample that is in none is not rotated.
     """
-    if not angles:
-        return None
-    device = angles[0].theta[0].device
-    widest = reduce(torch.promote_types, {parameter.dtype for one in angles for parameter in one.theta})
-    diagonal = torch.ones(samples, out_features, dtype=widest, device=device)
-    # By group size: the samples, and their (b, groups, 2, half) factors of the partner.
-    by_size: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    by_size: dict[int, list[tuple[Tensor, ...]]] = {}
     for one in angles:
-        which = torch.tensor(one.samples, device=device)
         # Groups lie side by side, so many adapters of a kind are one long adapter.
-        theta, alpha = (torch.cat(list(parameters)).to(widest) for parameters in (one.theta, one.alpha))
-        blocks = coefficients(one.variant, one.group_size, theta, alpha)
-        shape = (len(which), out_features // one.group_size, one.group_size // 2)
-        c1, s1, c2, s2 = (entry.view(shape) for entry in blocks)
-        diagonal = diagonal.index_copy(0, which, torch.stack((c1, c2), dim=2).flatten(1))
-        by_size.setdefault(one.group_size, []).append((which, torch.stack((-s1, s2), dim=2)))
+        theta, alpha = torch.cat(list(one.theta)), torch.cat(list(one.alpha))
+        shape = (len(one.samples), 1, out_features // one.group_size, one.group_size // 2)
+        entries = (entry.view(shape) for entry in rotation.coefficients(one.variant, one.group_size, theta, alpha))
+        which = torch.tensor(one.samples, device=theta.device)
+        by_size.setdefault(one.group_size, []).append((which, *entries))
     kinds = []
+    one_block = all(one.variant == "road_1" for one in angles)
     for parts in by_size.values():
-        which, factors = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        if len(by_size) == 1:  # a sample that is not rotated fits any group size
-            factors = factors.new_zeros(samples, *factors.shape[1:]).index_copy(0, which, factors)
-        minus_s1, s2 = factors.unsqueeze(1).unbind(3)
-        kinds.append(RotationsOfAKind(None if len(by_size) == 1 else which, minus_s1.contiguous(), s2.contiguous()))
-    return Rotations(diagonal.unsqueeze(1), tuple(kinds))
+        which, c1, s1, c2, s2 = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        if len(by_size) == 1:
+            identity = c1.new_ones(samples, *c1.shape[1:]), c1.new_zeros(samples, *c1.shape[1:])
+            c1, c2 = (identity[0].index_copy(0, which, entry) for entry in (c1, c2))
+            s1, s2 = (identity[1].index_copy(0, which, entry) for entry in (s1, s2))
+        blocks = (c1, s1, c1, s1) if one_block else (c1, s1, c2, s2)  # equal ones are read from memory once
+        kinds.append(Rotations(None if len(by_size) == 1 else which, blocks))
+    return kinds
 
 
-def rotate(h: Tensor, rotations: Rotations) -> Tensor:
+def rotate(h: Tensor, rotations: Sequence[Rotations]) -> Tensor:
     """z_b = R_b h_b, O(B T out).
 
     Args:
         h: (B, T, out).
 
     Returns:
-        (B, T, out), a new tensor in the dtype of h; computed in the wider dtype of h and the parameters.
+        (B, T, out) in the dtype of h; computed in the wider dtype of h and the parameters.
     """
     h = h.contiguous()
-    z = h * rotations.diagonal
-    in_place = not _asks_for_gradient(z)
-    for kind in rotations.kinds:
+    for kind in rotations:
         own = h if kind.samples is None else h.index_select(0, kind.samples)
-        pairs = (-1, h.shape[1], kind.s2.shape[2], 2, kind.s2.shape[3])
-        h1, h2 = own.view(pairs).unbind(3)  # (b, T, groups, half)
-        if kind.samples is None and in_place:
-            z1, z2 = z.view(pairs).unbind(3)
-            z1.addcmul_(h2, kind.minus_s1)
-            z2.addcmul_(h1, kind.s2)
-            continue
-        crossed = torch.stack((h2 * kind.minus_s1, h1 * kind.s2), dim=3).view(own.shape)
-        z = z + crossed if kind.samples is None else z.index_add(0, kind.samples, crossed)
-    return z.to(h.dtype)
+        in_place = not _asks_for_gradient(own, *kind.blocks)
+        z = _rotate_(own, kind.blocks) if in_place else rotation.rotate(own, kind.blocks)
+        if kind.samples is None:
+            h = z
+        else:
+            h = h.index_copy_(0, kind.samples, z) if in_place else h.index_copy(0, kind.samples, z)
+    return h
+
+
+def _rotate_(h: Tensor, blocks: rotation.Coefficients) -> Tensor:
+    """R h in place. On a CPU the time goes into memory that is touched, and h has just been written."""
+    c1, s1, c2, s2 = blocks
+    wide = h.to(torch.promote_types(h.dtype, c1.dtype))
+    h1, h2 = wide.view(-1, h.shape[1], c1.shape[2], 2, c1.shape[3]).unbind(3)  # (b, T, groups, half)
+    of_h1 = h1 * s2
+    h1.mul_(c1).addcmul_(h2, s1, value=-1)
+    h2.mul_(c2).add_(of_h1)
+    return wide.to(h.dtype)
 
 
 def _filled(chosen: Sequence[Chosen | None]) -> tuple[list[Tensor], list[Tensor]]:

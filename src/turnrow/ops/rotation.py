@@ -329,7 +329,7 @@ def _parameter_gradients(
 
 def _pairs(features: Tensor, block_entry: Tensor) -> Tensor:
     """View (..., out) as (..., out / g, 2, g / 2): the two members of a pair lie along dimension -2."""
-    groups, half = block_entry.shape
+    groups, half = block_entry.shape[-2:]
     return features.view(*features.shape[:-1], groups, 2, half)
 
 

@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from turnrow.adapters import needed_package, quantization_config
 from turnrow.errors import UserError, near_matches
+from turnrow.training.quiet import without_cast_notes
 from turnrow.tuners import keep_nf4_unpacked
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "make_quantization",
     "plain_conversion_errors",
     "prepare_quantized",
+    "quantization_package",
     "quantized_among",
     "spare",
 ]
@@ -31,6 +33,7 @@ Quantization = str | Mapping[str, Any]
 QUANTIZATIONS = ("nf4", "int8", "torchao_int8", "torchao_int4")
 """Those that go by a name; 4 bits come in groups of 64 (nf4) and 32 (torchao_int4) weights with a scale of their own."""
 
+_BITSANDBYTES = ("nf4", "int8", "bitsandbytes")
 _GROUP = 32
 
 
@@ -79,6 +82,14 @@ def make_quantization(value: Quantization | None, dtype: torch.dtype) -> Quantiz
     return TorchAoConfig(IntxWeightOnlyConfig(four_bits, PerGroup(_GROUP)))
 
 
+def quantization_package(value: Quantization | None) -> tuple[str, ...]:
+    """The package that quantizes, if it is one of those that go by a name here."""
+    if value is None:
+        return ()
+    method = str(value.get("quant_method", "bitsandbytes")) if isinstance(value, Mapping) else value
+    return ("torchao",) if method.startswith("torchao") else ("bitsandbytes",) if method in _BITSANDBYTES else ()
+
+
 @contextmanager
 def plain_conversion_errors(name: str, quantization: QuantizationConfigMixin | None) -> Iterator[None]:
     """Say what transformers leaves to a report in its log: a weight could not be quantized (UserError)."""
@@ -125,6 +136,7 @@ def prepare_quantized(model: PreTrainedModel) -> None:
         UserError: gradients do not go through this quantization.
     """
     keep_nf4_unpacked(model)
+    without_cast_notes()
     quantizer = _quantizer(model)
     config = quantizer.quantization_config
     if isinstance(config, TorchAoConfig) and type(config.quant_type).__name__ == "IntxWeightOnlyConfig":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import datasets
 import transformers
 
-__all__ = ["without_dataset_bars", "without_load_report", "without_weight_bars"]
+__all__ = ["without_cast_notes", "without_dataset_bars", "without_load_report", "without_weight_bars"]
 
 
 @contextmanager
@@ -24,27 +25,36 @@ def without_dataset_bars(quiet: bool = True) -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def without_cast_notes() -> None:
+    """From now on, no note of bitsandbytes at every forward of every int8 layer that its input is cast to float16."""
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_note)
+
+
+def _is_no_cast_note(record: logging.LogRecord) -> bool:
+    return "inputs will be cast" not in record.msg
+
+
 @contextmanager
 def without_weight_bars() -> Iterator[None]:
     """No bars of transformers while it loads or saves weights."""
-    logging = transformers.utils.logging
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    hf_logging = transformers.utils.logging
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
     try:
         yield
     finally:
         if bars:
-            logging.enable_progress_bar()
+            hf_logging.enable_progress_bar()
 
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
     """No bars, and no report of newly initialised weights, which here is the purpose."""
-    logging = transformers.utils.logging
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    hf_logging = transformers.utils.logging
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
     try:
         with without_weight_bars():
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        hf_logging.set_verbosity(verbosity)

@@ -28,6 +28,7 @@ from turnrow.training.measure import peak_memory, reset_peak_memory
 from turnrow.training.methods import apply_method
 from turnrow.training.processes import from_first, is_first
 from turnrow.training.progress import ProgressBars
+from turnrow.training.quantization import quantization_package
 from turnrow.training.quiet import without_dataset_bars, without_weight_bars
 from turnrow.training.recipe import Recipe
 from turnrow.training.reselection import Reselect, Reselection
@@ -153,6 +154,7 @@ def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder,
         "model": recipe.model,
         "task": task.name,
         "method": recipe.method["name"],
+        "quantization": recipe.quantization,
         "main_metric": task.main_metric,
         "greater_is_better": task.greater_is_better,
         "before": before,
@@ -174,7 +176,7 @@ def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder,
         "versions": {
             "turnrow": __version__,
             "python": sys.version.split()[0],
-            **{name: version(name) for name in _PACKAGES},
+            **{name: version(name) for name in (*_PACKAGES, *quantization_package(recipe.quantization))},
         },
         "seed": recipe.seed,
     }

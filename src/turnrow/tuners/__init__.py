@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from turnrow.tuners._dense import rehearsal
-from turnrow.tuners._quantized_model import keep_nf4_unpacked
+from turnrow.tuners._quantized_model import dequantize, keep_nf4_unpacked
 from turnrow.tuners.counting import ParameterCount, count_parameters
 from turnrow.tuners.registration import register
 from turnrow.tuners.road import RoadConfig, RoadModel
@@ -18,6 +18,7 @@ __all__ = [
     "RocoftModel",
     "check_reselection",
     "count_parameters",
+    "dequantize",
     "keep_nf4_unpacked",
     "move_optimizer_state",
     "register",

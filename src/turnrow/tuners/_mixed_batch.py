@@ -8,7 +8,6 @@ names or the values of the adapters change; only the stacks of the latest batch 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from turnrow.errors import UserError, near_matches
 from turnrow.tuners._mixed_modules import own_modules
+from turnrow.tuners._watch import ParameterWatch
 
 __all__ = ["BASE_MODEL", "MixedBatch", "MixedBatchLayer", "MixedBatchModel"]
 
@@ -49,24 +49,9 @@ class MixedBatch:
             elif isinstance(module, ModulesToSaveWrapper):
                 self.whole_modules.append(module)
         self._stacked: dict[MixedBatchLayer, tuple[torch.dtype, Any]] = {}
-        places = [place for layer in self.layers for place in layer.places(set(names))]
-        self._holders = [holder for holder, _ in places]
-        self._keys = [key for _, key in places]
-        self._parameters = [holder[key] for holder, key in places]
-        self._versions = _versions(self._parameters)
-        self._one_of_each = list({key: holder[key] for holder, key in places}.values())
-        self.trained = any(parameter.requires_grad for parameter in self._parameters)
+        self.watch = ParameterWatch([place for layer in self.layers for place in layer.places(set(names))])
+        self.trained = self.watch.trained
         """Whether a gradient may be asked for, so that nothing can be stacked beforehand."""
-
-    def is_current(self) -> bool:
-        """Whether the layers hold the same values still. Values in training can change unseen, through `.data`."""
-        # Some thousand parameters are looked at before every forward: no loop in Python over them.
-        return (
-            not self.trained
-            and not any(parameter.requires_grad for parameter in self._one_of_each)  # peft switches whole adapters
-            and all(map(operator.is_, map(dict.get, self._holders, self._keys), self._parameters))
-            and self._versions == _versions(self._parameters)
-        )
 
     def stacked(self, layer: MixedBatchLayer, dtype: torch.dtype) -> Any:
         """What `layer.stack_adapters` makes of the adapters of this batch; None where it has none of them."""
@@ -126,11 +111,13 @@ class MixedBatchLayer:
         """What the adapters named trained here, one for each sample, for an output in `dtype`; None if there is nothing."""
         raise NotImplementedError
 
-    def places(self, names: set[str]) -> Iterator[tuple[dict[str, Any], str]]:
-        """Where the parameters of the adapters named are kept: dictionary and key."""
+    def places(self, names: set[str]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        """Where the parameters of the adapters named are kept: dictionaries and keys."""
         for attribute in self.adapter_layer_names:
             holder = getattr(self, attribute)._parameters
-            yield from ((holder, name) for name in names & holder.keys())
+            present = sorted(names & holder.keys())
+            if present:
+                yield holder, present
 
     def forget_batch(self) -> None:
         """Called when anything about the adapters but the values of their parameters changes: a batch is stacked anew."""
@@ -191,7 +178,7 @@ class MixedBatchModel(BaseTuner):
     def _batch_of(self, names: Any, slot: Slot) -> MixedBatch:
         """The batch of these names: the last one, if it had the same and nothing changed since."""
         batch = slot.last
-        if batch is None or batch.names != tuple(names) or not batch.is_current():
+        if batch is None or batch.names != tuple(names) or not batch.watch.unchanged():
             _check_names(names, self.peft_config)
             batch = slot.last = MixedBatch(tuple(names), self)
             for layer in batch.layers:
@@ -208,13 +195,6 @@ class MixedBatchModel(BaseTuner):
                 "when the names are no longer known: switch it off on the base model"
             )
         return batch
-
-
-def _versions(tensors: list[Any]) -> list[int]:
-    try:
-        return list(map(operator.attrgetter("_version"), tensors))
-    except RuntimeError:  # tensors made in inference mode count no versions
-        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _check_names(names: Any, loaded: Any) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from turnrow.errors import UserError
 from turnrow.ops.rounding import MergeCost
-from turnrow.tuners._quantized import why_not_to_merge
+from turnrow.tuners._dense import features
+from turnrow.tuners._quantized import quantization_backend, why_not_to_merge
 
-__all__ = ["QuantizedModelMixin", "keep_nf4_unpacked", "warn_of_merge_costs"]
+__all__ = ["QuantizedModelMixin", "dequantize", "keep_nf4_unpacked", "warn_of_merge_costs"]
 
 
 class QuantizedModelMixin(BaseTuner):
@@ -72,6 +74,39 @@ def warn_of_merge_costs(layers: dict[str, BaseTunerLayer]) -> None:
             f"{worst!r}: {costs[worst]}. An adapter kept beside the base loses nothing",
             stacklevel=3,
         )
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module) -> None:
+    """Put a dense layer in the place of every quantized one, with the values that it computes with, in the dtype of the model.
+
+    An adapter merges into them without loss. Costs the memory of a dense model; goes layer by layer.
+
+    Raises:
+        UserError: the weights are of a kind that cannot be read; names the first such layer.
+    """
+    dtype = getattr(model, "dtype", torch.float32)
+    for name, module in list(model.named_modules()):
+        backend = quantization_backend(module)
+        if backend is None:
+            continue
+        layer: Any = module
+        try:
+            values = backend.get_base_weight(layer)
+        except (TypeError, NotImplementedError) as error:
+            raise UserError(f"module {name!r} cannot be dequantized: {error}") from error
+        out_features, in_features = features(layer)
+        bias = getattr(layer, "bias", None)
+        dense = nn.Linear(in_features, out_features, bias is not None, device=values.device, dtype=dtype)
+        dense.requires_grad_(False).train(layer.training)
+        dense.weight.copy_(values)
+        if bias is not None:
+            dense.bias.copy_(bias)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, dense)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
 
 
 def keep_nf4_unpacked(model: nn.Module) -> None:

@@ -105,9 +105,10 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
     def _mixed_forward(self, batch: MixedBatch, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         h = self.base_layer(x, *args, **kwargs)
         rotations = batch.stacked(self, h.dtype)
-        return h if rotations is None else batched.rotate(batch.by_sample(h), rotations).reshape(h.shape)
+        z = batched.rotate(batch.by_sample(h), rotations)
+        return z if z.shape == h.shape else z.reshape(h.shape)
 
-    def stack_adapters(self, names: Sequence[str], dtype: torch.dtype) -> batched.Rotations | None:
+    def stack_adapters(self, names: Sequence[str], dtype: torch.dtype) -> list[batched.Rotations]:
         """R for each sample; in the parameters' own dtype."""
         kinds: dict[tuple[rotation.Variant, int], list[int]] = {}
         for sample, name in enumerate(names):

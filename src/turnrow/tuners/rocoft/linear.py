@@ -176,7 +176,10 @@ class RocoftLinear(RocoftLayer):
         self.restore_base()
         y = self._held_for_backward(self.base_layer(x, *args, **kwargs), x)
         stacked = batch.stacked(self, y.dtype)
-        return y if stacked is None else stacked.add(batch.by_sample(y), batch.by_sample(x)).reshape(y.shape)
+        if stacked is None:
+            return y
+        changed = stacked.add(batch.by_sample(y), batch.by_sample(x))
+        return changed if changed.shape == y.shape else changed.reshape(y.shape)
 
     def stack_adapters(self, names: Sequence[str], dtype: torch.dtype) -> StackedParts | None:
         """The parts and biases of each sample's adapter."""
