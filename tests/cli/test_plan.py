@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 from transformers import LlamaConfig
 
 from turnrow.cli.main import main
+from turnrow.cli.plan import _show
+from turnrow.training import Recipe, plan
 
 
 @pytest.fixture
@@ -41,6 +45,31 @@ def test_the_table_has_a_row_a_method_and_says_what_is_left_out(
     assert "assumed: 2 labels" in shown
     assert "not in the forecast: the process and its libraries" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_a_narrow_screen_gets_two_tables_and_whole_figures(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan(Recipe.from_yaml(recipe), batches=[2, 4], memory=10**9)
+    narrow = Console(width=90, record=True, highlight=False, markup=False, file=StringIO())
+    _show(planned, narrow, "1GB")
+    heads = [line.split() for line in narrow.export_text().splitlines() if line.split()[:1] == ["method"]]
+    assert heads == [
+        ["method", "trained", "base", "adapter", "gradients", "optimizer"],
+        ["method", "saved", "x2", "peak", "x2", "saved", "x4", "peak", "x4", "fits", "1GB"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--quantization", "nf4"], "base weights in float32, quantized by nf4 (full: float32), adamw"),
+        (["--training.bf16", "true"], "base weights in float32 (full: float32), autocast to bfloat16, adamw"),
+    ],
+)
+def test_the_head_says_what_is_computed(
+    recipe: Path, changes: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--config", str(recipe), "--batch", "1", *changes]) == 0
+    assert words in capsys.readouterr().out
 
 
 def test_json_is_the_whole_plan(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

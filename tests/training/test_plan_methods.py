@@ -170,5 +170,13 @@ def test_a_warning_of_the_method_is_in_its_note(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_there_is_said_to_be_none(tmp_path: Path) -> None:
     LlamaConfig().save_pretrained(tmp_path / "llama")
-    with pytest.raises(UserError, match="cannot be loaded: .*there is no folder of that name"):
+    with pytest.raises(UserError, match="lama' cannot be loaded: there is no such folder"):
         planned(tmp_path / "lama", {"name": "rocoft"})
+
+
+def test_a_base_that_is_saved_quantized_is_refused(tmp_path: Path) -> None:
+    LlamaConfig(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}).save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match="is saved quantized.* give the model it was made from, and quantization in the recipe"
+    ):
+        planned(tmp_path, {"name": "rocoft"})

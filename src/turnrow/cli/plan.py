@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from turnrow.training import Plan
-    from turnrow.training.planning import MethodPlan
 
 __all__ = ["HELP", "NAME", "TAKES_OVERRIDES", "add_arguments", "run"]
 
@@ -71,27 +71,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(plan: Plan, console: Console, memory: str | None) -> None:
-    from rich.table import Table
+    from rich.measure import Measurement
 
+    weights = f"base weights in {plan.dtype}"
+    if plan.quantization is not None:
+        weights += f", quantized by {plan.quantization}"
+    step = [
+        f"{weights} (full: float32)",
+        *([f"autocast to {plan.precision}"] if plan.precision != "float32" else []),
+        *(["checkpointing"] if plan.checkpointing else []),
+        plan.optimizer,
+        *([f"{plan.micro_steps} micro-steps"] if plan.micro_steps > 1 else []),
+    ]
     facts = [
         f"{plan.model}, {plan.labels} labels, {plan.sequence:,} tokens a row, on {plan.device}",
-        f"base weights in {plan.dtype} (full: float32), computed in {plan.precision}"
-        f"{', checkpointing' if plan.checkpointing else ''}, {plan.optimizer}"
-        f"{f', {plan.micro_steps} micro-steps' if plan.micro_steps > 1 else ''}",
+        ", ".join(step),
     ]
     console.print("\n".join(facts))
-    table = Table(box=None, padding=(0, 1))
-    table.add_column("method")
-    for name in ("trained", "base", "adapter", "gradients", "optimizer"):
-        table.add_column(name, justify="right")
-    for forecast in plan.methods[0].batches:
-        table.add_column(f"saved x{forecast.batch}", justify="right")
-        table.add_column(f"peak x{forecast.batch}", justify="right")
-    if plan.memory is not None:
-        table.add_column(f"fits {memory}", justify="right")
-    for method in plan.methods:
-        table.add_row(*_cells(method, plan))
-    console.print(table)
+    sizes, steps = _columns(plan, memory)
+    whole = _table(plan, sizes | steps)
+    # Not by console.measure, which says no more than the width that there is.
+    if Measurement.get(console, console.options.update_width(_FILE_WIDTH), whole).maximum <= console.width:
+        console.print(whole)
+    else:
+        console.print(_table(plan, sizes), _table(plan, steps), sep="\n")
     for method in plan.methods:
         if method.note:
             console.print(f"{method.title}: {method.note}")
@@ -104,17 +107,44 @@ def _show(plan: Plan, console: Console, memory: str | None) -> None:
     console.print(f"not in the forecast: {'; '.join(plan.not_covered)}")
 
 
-def _cells(method: MethodPlan, plan: Plan) -> list[str]:
+Columns = dict[str, list[str]]
+
+
+def _columns(plan: Plan, memory: str | None) -> tuple[Columns, Columns]:
+    """What does not depend on the batch, and what does: the cells under each head, one a method."""
     from turnrow.training.sizes import readable_bytes
 
     def size(value: int | None) -> str:
         return "?" if value is None else readable_bytes(value)
 
-    trained = "?" if method.trainable_parameters is None else f"{method.trainable_parameters:,}"
-    cells = [method.title, trained]
-    cells += map(size, (method.base_bytes, method.adapter_bytes, method.gradient_bytes, method.optimizer_bytes))
-    for forecast in method.batches:
-        cells += [size(forecast.saved_bytes), size(forecast.peak_bytes)]
-    if plan.memory is not None and method.batches:
-        cells.append("?" if method.largest_batch is None else f"{method.largest_batch:,}")
-    return cells
+    def number(value: int | None) -> str:
+        return "?" if value is None else f"{value:,}"
+
+    methods = plan.methods
+    sizes = {
+        "trained": [number(method.trainable_parameters) for method in methods],
+        "base": [size(method.base_bytes) for method in methods],
+        "adapter": [size(method.adapter_bytes) for method in methods],
+        "gradients": [size(method.gradient_bytes) for method in methods],
+        "optimizer": [size(method.optimizer_bytes) for method in methods],
+    }
+    steps: Columns = {}
+    for position, forecast in enumerate(methods[0].batches):
+        of_methods = [method.batches[position] if method.batches else None for method in methods]
+        steps[f"saved x{forecast.batch}"] = [size(one.saved_bytes if one else None) for one in of_methods]
+        steps[f"peak x{forecast.batch}"] = [size(one.peak_bytes if one else None) for one in of_methods]
+    if plan.memory is not None:
+        steps[f"fits {memory}"] = [number(method.largest_batch) for method in methods]
+    return sizes, steps
+
+
+def _table(plan: Plan, columns: Columns) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1))
+    table.add_column("method", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for method, *cells in zip(plan.methods, *columns.values(), strict=True):
+        table.add_row(method.title, *cells)
+    return table

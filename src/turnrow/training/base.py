@@ -259,5 +259,8 @@ def plain_errors(name: str) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        absent = "" if Path(name).exists() or name.startswith(_PREFIX) else " (and there is no folder of that name)"
-        raise UserError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}{absent}") from error
+        reason = str(error).strip().splitlines()[0]
+        if not name.startswith(_PREFIX) and not Path(name).exists():
+            is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+            reason = "there is no such folder" if is_path else f"{reason} There is no folder of that name either"
+        raise UserError(f"model {name!r} cannot be loaded: {reason}") from error

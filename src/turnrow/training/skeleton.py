@@ -43,19 +43,24 @@ def load_skeleton(name: str, auto_model: str, settings: Mapping[str, Any], *, dt
         dtype: of the frozen weights.
 
     Raises:
-        UserError: there is no such model, or it cannot be had without network.
+        UserError: there is no such model, it cannot be had without network, or it is saved quantized.
     """
     location = resolve_model(name)
+    with plain_errors(name):
+        config = AutoConfig.from_pretrained(location, **settings)
+    if getattr(config, "quantization_config", None):
+        raise UserError(
+            f"model {name!r} is saved quantized, and its layers cannot be made without its weights; give the model it was "
+            "made from, and quantization in the recipe"
+        )
     try:
         # Reads the names and sizes in the headers of the files, as far as there are any here.
         model, new_modules = load_model(
             name, location, auto_model, dtype=dtype, device_map="meta", local_files_only=True, **settings
         )
     except UserError:
-        with plain_errors(name), without_load_report():
-            config = AutoConfig.from_pretrained(location, **settings)
-            with torch.device("meta"):
-                model = getattr(transformers, auto_model).from_config(config, dtype=getattr(torch, dtype))
+        with plain_errors(name), without_load_report(), torch.device("meta"):
+            model = getattr(transformers, auto_model).from_config(config, dtype=getattr(torch, dtype))
         new_modules = whole_modules(model, _absent_by_architecture(model))
     for module_name in head_modules(model, new_modules):
         keep_float32(model.get_submodule(module_name))

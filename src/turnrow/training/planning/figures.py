@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,9 +65,11 @@ class Plan:
     """Tokens a row."""
     device: str
     dtype: str
-    """Of the frozen weights."""
+    """Of the frozen weights, and where they are quantized of all others."""
+    quantization: str | Mapping[str, Any] | None
+    """As in the recipe; full fine-tuning is planned without it."""
     precision: str
-    """Of the forward: ``float32``, or autocast to ``bfloat16`` or ``float16``."""
+    """Of the forward: ``float32``, which is no autocast, or autocast to ``bfloat16`` or ``float16``."""
     checkpointing: bool
     """Whether the backward computes activations again instead of keeping them."""
     micro_steps: int

@@ -67,6 +67,7 @@ def plan(
         sequence=setting.sequence,
         device=str(setting.device),
         dtype=recipe.dtype,
+        quantization=recipe.quantization,
         precision=setting.precision_name,
         checkpointing=bool(setting.args.gradient_checkpointing),
         micro_steps=setting.args.gradient_accumulation_steps,

@@ -53,9 +53,9 @@ class RocoftExpertWeight(RocoftLayer):
             return {}
         active, base = self.active, self._base
         found: dict[str, Tensor] = {}
-        if is_rehearsal():
-            raise NotImplementedError("how many tokens each expert gets depends on the values of the tokens")
         if self._may_go_live(active):
+            if is_rehearsal():
+                raise NotImplementedError("how many tokens each expert gets depends on the values of the tokens")
             self._go_live(active)
             trained = tuple(part for part in active.parts if part.parameter.requires_grad)
             if trained and torch.is_grad_enabled():
