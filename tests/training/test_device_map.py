@@ -37,6 +37,15 @@ def test_a_run_with_a_device_map_is_the_run_without(make_recipe: Any, device_map
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+def test_a_quantized_base_is_loaded_by_a_device_map_too(tiny_base: Path, task: Task, device_map: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, by pip install 'turnrow[quantized]'")
+    bases = [load_base(str(tiny_base), task, quantization="nf4", device_map=where) for where in (None, device_map)]
+    frozen = [{n: p for n, p in base.model.named_parameters() if not n.startswith("classifier")} for base in bases]
+    assert any(p.dtype == torch.uint8 for p in frozen[0].values())
+    assert all(p.is_cpu and torch.equal(p, frozen[0][name]) for name, p in frozen[1].items())
+
+
 @pytest.mark.parametrize("device_map", ["disk", {"": "disk"}, {"bert": "cpu", "classifier": "meta"}])
 def test_a_recipe_that_offloads_is_refused(make_recipe: Any, device_map: Any) -> None:
     with pytest.raises(UserError, match="device_map sends weights to '(disk|meta)', where no gradient reaches them"):
