@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import NamedTuple
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from tests.tuners.models import METHODS, build, configure, perturb
+from turnrow import RocoftConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -101,3 +106,32 @@ def test_compiled_training_sees_each_new_value_of_the_parameters(method):
         optimizer.step()
     assert losses[-1] < losses[0]
     torch.testing.assert_close(_step(compiled, model, inputs)[0], _step(model, model, inputs)[0])
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_adapted_experts_compile_to_one_graph_with_the_numbers_of_eager_mode(implementation):
+    if implementation == "grouped_mm" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("there the base model itself does not compile")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_local_experts": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    base = MixtralForCausalLM(MixtralConfig(vocab_size=64, max_position_embeddings=40, **sizes, **heads))
+    base.set_experts_implementation(implementation)
+    model = get_peft_model(base, RocoftConfig(r=3))
+    perturb(model)
+    tokens = torch.randint(3, 64, (2, 10))
+    inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False}
+    expected = _step(model, model, inputs)
+    compiled = torch.compile(model.get_base_model(), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(_step(compiled, model, inputs), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor compiles C++ on the CPU")
+@pytest.mark.parametrize("method", ["row", "column", "row+column", "entry", "road_1"])
+def test_inductor_gives_the_numbers_of_eager_mode(method):
+    model, inputs = _model(method, "llama")
+    expected = _step(model, model, inputs)
+    compiled = torch.compile(model.get_base_model(), backend="inductor", fullgraph=True)
+    torch.testing.assert_close(_step(compiled, model, inputs), expected, rtol=1e-4, atol=1e-6)

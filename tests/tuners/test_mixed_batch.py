@@ -273,7 +273,7 @@ def test_a_name_that_is_not_loaded_is_refused_with_those_that_are(two):
         mixed(model, inputs, ["row", "_base_", BASE])
 
 
-@pytest.mark.parametrize("names", [["row", "column"], ["row"], ["row"] * 4, ["row"] * 6])
+@pytest.mark.parametrize("names", [["row", "column"], ["row"], ["row"] * 4, ["row"] * 6, [BASE] * 2])
 def test_a_wrong_number_of_names_is_refused(two, names):
     model, inputs = two
     with pytest.raises(UserError, match=f"adapter_names has {len(names)} names, but a layer was given a batch of 3"):

@@ -177,6 +177,7 @@ class RocoftLinear(RocoftLayer):
         y = self._held_for_backward(self.base_layer(x, *args, **kwargs), x)
         stacked = batch.stacked(self, y.dtype)
         if stacked is None:
+            batch.copies_in(y)  # as many names as samples, here as elsewhere
             return y
         changed = stacked.add(batch.by_sample(y), batch.by_sample(x))
         return changed if changed.shape == y.shape else changed.reshape(y.shape)
