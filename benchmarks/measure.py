@@ -5,14 +5,12 @@ from __future__ import annotations
 import gc
 import random
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from turnrow.training.live_bytes import LiveBytes
 
 __all__ = ["LiveBytes", "adamw_state_bytes", "held_bytes", "interleaved_seconds", "peak_bytes", "saved_bytes"]
 
@@ -38,42 +36,6 @@ def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
         result = forward()
     del result
     return sum(storages.values())
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages made by torch operators inside the context that are alive, now and at the peak.
-
-    It sees what operators return, on any device; workspace inside one operator is not seen. Backward on CPU runs in the
-    calling thread and is seen too; for CUDA use the allocator's own counters instead (`peak_bytes` does).
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0
-        self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        size = storage.nbytes()
-        weakref.finalize(storage, self._release, size).atexit = False
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-    def _release(self, size: int) -> None:
-        self.now -= size
 
 
 def peak_bytes(step: Callable[[], object], device: str = "cpu") -> int:

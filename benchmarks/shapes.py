@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-__all__ = ["SHAPES", "Shape", "build_model", "target_names"]
+__all__ = ["SHAPES", "Shape", "build_model", "model_config", "target_names"]
 
 # Linear layers of the repeated blocks; embeddings, pooler and head stay out, for every method alike.
 _BLOCK = re.compile(r"\.layers?\.\d+\.")
@@ -44,11 +44,8 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-def build_model(shape: Shape, *, device: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    """Return the model of `shape` in training mode with frozen random weights and no dropout.
-
-    Dropout is off so that every method computes the same loss, which the benchmark checks before it times anything.
-    """
+def model_config(shape: Shape) -> BertConfig | LlamaConfig:
+    """Return the config of the model of `shape`; BERT's without dropout, so that every method computes the same loss."""
     sizes = {
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
@@ -58,16 +55,21 @@ def build_model(shape: Shape, *, device: str, dtype: torch.dtype, seed: int) -> 
         "max_position_embeddings": 4096,
     }
     if shape.family == "llama":
-        model_class = LlamaForCausalLM
-        config = LlamaConfig(
+        return LlamaConfig(
             **sizes, num_key_value_heads=shape.key_value_heads, tie_word_embeddings=shape.tied_head, use_cache=False
         )
-    else:
-        model_class = BertForSequenceClassification
-        config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def build_model(shape: Shape, *, device: str, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """Return the model of `shape` in training mode with frozen random weights and no dropout.
+
+    Dropout is off so that every method computes the same loss, which the benchmark checks before it times anything.
+    """
+    model_class = LlamaForCausalLM if shape.family == "llama" else BertForSequenceClassification
     torch.manual_seed(seed)
     with torch.device(device):
-        model = model_class._from_config(config, dtype=dtype)
+        model = model_class._from_config(model_config(shape), dtype=dtype)
     return model.train().requires_grad_(False)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from turnrow.ops.delta import BeforeBackward, unviewed, without_autocast
@@ -144,10 +145,16 @@ def sampled_gradient(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
 
 
 def _row_blocks(index: Tensor, out_features: int, in_features: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Blocks of rows with the chosen entries that lie in them: (first row, row after the last, part of the index)."""
+    """Blocks of rows with the chosen entries that lie in them: (first row, row after the last, part of the index).
+
+    An index without values (FakeTensor) counts as evenly spread.
+    """
     height = -(-out_features // _BLOCKS)
     starts = torch.arange(0, out_features + height, height, device=index.device) * in_features
-    positions = torch.searchsorted(index, starts).tolist()
+    if isinstance(index, FakeTensor):
+        positions = [len(index) * block // (len(starts) - 1) for block in range(len(starts))]
+    else:
+        positions = torch.searchsorted(index, starts).tolist()
     for block, (begin, end) in enumerate(pairwise(positions)):
         first = block * height
         if begin < end:

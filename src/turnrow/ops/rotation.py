@@ -34,6 +34,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
@@ -104,9 +105,12 @@ def _cosine_sine(theta: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
 def is_invertible(blocks: Coefficients) -> bool:
     """Whether every block of R can be undone without losing more than about three of float32's seven digits.
 
-    Reads one number back from the device: call it when the parameters changed, not at every forward.
+    Reads one number back from the device: call it when the parameters changed, not at every forward. Tensors without
+    values (FakeTensor, meta) count as invertible, as a new adapter is.
     """
     c1, s1, c2, s2 = blocks
+    if isinstance(c1, FakeTensor) or c1.is_meta:
+        return True
     determinant = c1 * c2 + s1 * s2
     size = c1 * c1 + s1 * s1 + c2 * c2 + s2 * s2
     good = (determinant.abs() >= _SMALLEST_DETERMINANT * size) & (size >= _SMALLEST_SCALE**2)

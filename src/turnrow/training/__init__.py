@@ -14,14 +14,28 @@ from turnrow.training.recipe import DataFiles, Recipe
 
 if TYPE_CHECKING:
     from turnrow.training.interrupt import Interrupted
+    from turnrow.training.planning import Plan, plan
     from turnrow.training.run import RunResult, train
     from turnrow.training.saved import evaluate_adapter, load_saved, predict
 
-__all__ = ["DataFiles", "Interrupted", "Recipe", "RunResult", "evaluate_adapter", "load_saved", "predict", "train"]
+__all__ = [
+    "DataFiles",
+    "Interrupted",
+    "Plan",
+    "Recipe",
+    "RunResult",
+    "evaluate_adapter",
+    "load_saved",
+    "plan",
+    "predict",
+    "train",
+]
 
 # Trainer pulls in datasets and pandas; whoever only reads a recipe does not wait for them.
 _LAZY = {
     "Interrupted": "turnrow.training.interrupt",
+    "Plan": "turnrow.training.planning",
+    "plan": "turnrow.training.planning",
     "RunResult": "turnrow.training.run",
     "train": "turnrow.training.run",
     "evaluate_adapter": "turnrow.training.saved",

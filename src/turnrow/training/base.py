@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,19 @@ from turnrow.training.quantization import (
 )
 from turnrow.training.quiet import without_load_report
 
-__all__ = ["Base", "input_limit", "load_base", "load_tokenizer", "resolve_model"]
+__all__ = [
+    "Base",
+    "head_modules",
+    "input_limit",
+    "keep_float32",
+    "load_base",
+    "load_model",
+    "load_tokenizer",
+    "plain_errors",
+    "position_limit",
+    "resolve_model",
+    "whole_modules",
+]
 
 _PREFIX = "package:"
 # Packages whose weights we vouch for: the extra that installs them and the sha256 of model.safetensors.
@@ -77,12 +89,17 @@ def resolve_model(name: str) -> str:
 
 def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or of a hub id, with a padding token."""
-    with _plain_errors(location), without_load_report():
+    with plain_errors(location), without_load_report():
         return ready_to_pad(AutoTokenizer.from_pretrained(location))
 
 
 def load_base(
-    name: str, task: Task, *, dtype: str = "float32", quantization: str | Mapping[str, Any] | None = None
+    name: str,
+    task: Task,
+    *,
+    dtype: str = "float32",
+    quantization: str | Mapping[str, Any] | None = None,
+    device_map: Any = None,
 ) -> Base:
     """Load a base model for a task; its head, which is trained, is float32 whatever `dtype`.
 
@@ -91,42 +108,75 @@ def load_base(
         task: fitted, so that it knows for example the number of labels.
         dtype: of the frozen weights.
         quantization: as in `Recipe.quantization`. Modules that are trained whole are never quantized.
+        device_map: as in `Recipe.device_map`.
 
     Raises:
-        UserError: no such model; or it cannot be quantized so, or not trained on.
+        UserError: no such model; it cannot be quantized so, or not trained on; or `device_map` leaves weights on the disk, or
+            in the memory of the host while the model runs on a GPU, where no gradient reaches them.
     """
     location = resolve_model(name)
     tokenizer = load_tokenizer(location)
     config = make_quantization(quantization, getattr(torch, dtype))
-    model, new_modules = _load(name, location, task, dtype, config)
-    heads = [module_name for module_name, _ in model.named_modules() if module_name in (*new_modules, *_HEADS)]
+    settings = {"dtype": dtype, "device_map": device_map, **task.model_kwargs()}
+    model, new_modules = load_model(name, location, task.auto_model, quantization=config, **settings)
+    heads = head_modules(model, new_modules)
     if getattr(model, "hf_quantizer", None) is not None:  # by the recipe, or because it was saved like that
         if config is not None and (taken := quantized_among(model, heads)):
-            model, new_modules = _load(name, location, task, dtype, spare(config, model, taken))
+            spared = spare(config, model, taken)
+            model, new_modules = load_model(name, location, task.auto_model, quantization=spared, **settings)
         prepare_quantized(model)
+    _refuse_offloaded(model, device_map)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     for module_name in heads:
-        _keep_float32(model.get_submodule(module_name))
+        keep_float32(model.get_submodule(module_name))
     return Base(model, tokenizer, new_modules)
 
 
-def _load(
-    name: str, location: str, task: Task, dtype: str, quantization: QuantizationConfigMixin | None
+def load_model(
+    name: str,
+    location: str,
+    auto_model: str,
+    *,
+    dtype: str,
+    quantization: QuantizationConfigMixin | None = None,
+    **how: Any,
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The model, and the modules that its weights did not hold."""
-    how = {} if quantization is None else {"quantization_config": quantization}
-    with _plain_errors(name), plain_conversion_errors(name, quantization), without_load_report():
-        model, loaded = getattr(transformers, task.auto_model).from_pretrained(
+    """The model by transformers' class `auto_model`, and the modules that its weights did not hold.
+
+    Args:
+        name: of the model, for errors.
+        location: as `resolve_model` returned it.
+        auto_model: as in `Task.auto_model`.
+        dtype: of the weights.
+        quantization: as `make_quantization` returned it.
+        how: further arguments of `from_pretrained`.
+
+    Raises:
+        UserError: it cannot be had, or not be quantized so.
+    """
+    if quantization is not None:
+        how["quantization_config"] = quantization
+    with plain_errors(name), plain_conversion_errors(name, quantization), without_load_report():
+        model, loaded = getattr(transformers, auto_model).from_pretrained(
             location,
             dtype=getattr(torch, dtype),
             # A base that was fine-tuned for another number of labels gets a new head.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **how,
-            **task.model_kwargs(),
         )
-    return model, _whole_modules(model, {*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])})
+    absent = {*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])}
+    return model, whole_modules(model, absent)
+
+
+def _refuse_offloaded(model: PreTrainedModel, device_map: Any) -> None:
+    away = next((key for key, parameter in model.named_parameters() if parameter.is_meta), None)
+    if away is not None:
+        raise UserError(
+            f"device_map is {device_map!r}, which offloads {away!r} from the device that computes; training needs every "
+            "weight there: name devices with enough memory, or take a smaller dtype"
+        )
 
 
 def input_limit(max_length: int | None, base: Base) -> int:
@@ -135,7 +185,7 @@ def input_limit(max_length: int | None, base: Base) -> int:
     Raises:
         UserError: `max_length` exceeds the positions that the model has.
     """
-    positions = _positions(base.model)
+    positions = position_limit(base.model)
     limit = resolve_max_length(base.tokenizer, max_length)
     if positions is None or limit <= positions:
         return limit
@@ -146,7 +196,8 @@ def input_limit(max_length: int | None, base: Base) -> int:
     return positions
 
 
-def _positions(model: PreTrainedModel) -> int | None:
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions the model has; None if its config does not say."""
     tables = [
         module
         for name, module in model.named_modules()
@@ -170,7 +221,13 @@ def _check_digest(weights: Path, expected: str, extra: str) -> None:
         )
 
 
-def _whole_modules(model: PreTrainedModel, absent: set[str]) -> tuple[str, ...]:
+def head_modules(model: PreTrainedModel, new_modules: Iterable[str]) -> list[str]:
+    """The names of the modules that are trained whole: the new ones, and the head that peft trains by itself."""
+    wanted = {*new_modules, *_HEADS}
+    return [name for name, _ in model.named_modules() if name in wanted]
+
+
+def whole_modules(model: PreTrainedModel, absent: set[str]) -> tuple[str, ...]:
     """The largest modules all of whose parameters are in `absent`."""
     names = [name for name, _ in model.named_parameters()]
 
@@ -183,7 +240,8 @@ def _whole_modules(model: PreTrainedModel, absent: set[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(largest(name) for name in names if name in absent))
 
 
-def _keep_float32(module: torch.nn.Module) -> None:
+def keep_float32(module: torch.nn.Module) -> None:
+    """Put a module into float32, and what it is handed too."""
     module.float()
 
     def match_input(module: torch.nn.Module, args: tuple) -> tuple:
@@ -194,10 +252,15 @@ def _keep_float32(module: torch.nn.Module) -> None:
 
 
 @contextmanager
-def _plain_errors(name: str) -> Iterator[None]:
+def plain_errors(name: str) -> Iterator[None]:
+    """Say in one line why the model `name` cannot be loaded (UserError)."""
     try:
         yield
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        raise UserError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()[0]
+        if not name.startswith(_PREFIX) and not Path(name).exists():
+            is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+            reason = "there is no such folder" if is_path else f"{reason} There is no folder of that name either"
+        raise UserError(f"model {name!r} cannot be loaded: {reason}") from error

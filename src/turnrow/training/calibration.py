@@ -91,7 +91,9 @@ def select_indices(recipe: Recipe, samples: int | None = None) -> Selection:
         args = training_arguments(recipe, task, str(RunFolder(Path(recipe.output_dir)).checkpoints))
         table = read_table(recipe.data.train, "train")
         task.fit(table)
-        base = load_base(recipe.model, task, dtype=recipe.dtype, quantization=recipe.quantization)
+        base = load_base(
+            recipe.model, task, dtype=recipe.dtype, quantization=recipe.quantization, device_map=recipe.device_map
+        )
         model: Any = apply_method(base, recipe.method, task.peft_task_type)
         config = model.peft_config[_ADAPTER]
         if not needs_data(config.selection):

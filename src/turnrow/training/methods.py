@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from turnrow.errors import UserError, near_matches
 from turnrow.training.base import Base
 from turnrow.training.options import check_names, check_options
+from turnrow.training.skeleton import Skeleton
 
-__all__ = ["apply_method", "check_method", "method_names"]
+__all__ = ["apply_method", "check_method", "method_config", "method_names"]
 
 _RESERVED = {
     "peft_type": "the method's name decides it",
@@ -55,7 +56,7 @@ def check_method(method: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": name, **options}
 
 
-def apply_method(base: Base, method: Mapping[str, Any], peft_task_type: str) -> PreTrainedModel | PeftModel:
+def apply_method(base: Base | Skeleton, method: Mapping[str, Any], peft_task_type: str) -> PreTrainedModel | PeftModel:
     """Make a base trainable by `method`; trained parameters are float32.
 
     Modules that the pretrained weights did not hold are trained and saved whatever the method, since the adapter could not
@@ -93,6 +94,12 @@ def apply_method(base: Base, method: Mapping[str, Any], peft_task_type: str) -> 
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
     return adapted
+
+
+def method_config(method: Mapping[str, Any]) -> PeftConfig | None:
+    """The config that peft would get for `method`; None for ``full`` and ``head``, which are no methods of peft."""
+    options = {key: value for key, value in method.items() if key != "name"}
+    return None if method["name"] in ("full", "head") else _config(method["name"], options)
 
 
 def _config_classes() -> dict[str, type[PeftConfig]]:

@@ -85,6 +85,9 @@ class Recipe:
     """Longest input in tokens, longer ones are cut; by default what the tokenizer and the model allow."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Storage type of the frozen base weights. Trained weights are always float32."""
+    device_map: int | str | Section | None = None
+    """Where the weights are loaded to, shard by shard: a device (``cpu``, ``cuda:1``), ``auto``, or a mapping from modules
+    to devices. By default to the memory of the host, from where the Trainer moves the model. Nothing may go to disk."""
     quantization: str | Section | None = None
     """Quantize the frozen linear layers while loading: ``nf4``, ``int8`` (bitsandbytes), ``torchao_int8``, ``torchao_int4``, or
     a mapping in the words of transformers' ``quantization_config``."""
@@ -107,6 +110,7 @@ class Recipe:
             "task": _task_options(self.task),
             "method": _method_options(self.method),
             "training": _training_options(self.training),
+            "device_map": deepcopy(self.device_map),
             "quantization": _quantization(self.quantization),
         }
         for name, value in checked.items():
@@ -278,6 +282,7 @@ def _check_scalars(recipe: Recipe) -> None:
             f"method full trains every weight and keeps what it trains in float32, but dtype is {recipe.dtype}; "
             "leave dtype out, and set training.bf16: true for mixed precision"
         )
+    _check_device_map(recipe.device_map)
     if recipe.method["name"] == "full" and recipe.quantization is not None:
         raise UserError(
             f"method full trains every weight, and quantized ones cannot be trained, but quantization is {recipe.quantization!r}; "
@@ -287,6 +292,21 @@ def _check_scalars(recipe: Recipe) -> None:
     _check_integer("calibration_samples", recipe.calibration_samples, 1, 2**31 - 1)
     if recipe.max_length is not None:
         _check_integer("max_length", recipe.max_length, 1, 2**31 - 1)
+
+
+def _check_device_map(device_map: Any) -> None:
+    places = device_map.values() if isinstance(device_map, Mapping) else () if device_map is None else (device_map,)
+    for place in places:
+        if not isinstance(place, int | str) or isinstance(place, bool) or place == "":
+            raise UserError(
+                f"device_map holds {place!r}; expected a device such as cpu, cuda:0 or 0, 'auto', or a mapping from "
+                "module names to devices"
+            )
+        if place in ("disk", "meta"):
+            raise UserError(
+                f"device_map sends weights to {place!r}, where no gradient reaches them; name devices that hold the whole "
+                "model in memory, or take a smaller dtype"
+            )
 
 
 def _check_integer(name: str, value: object, lowest: int, highest: int) -> None:

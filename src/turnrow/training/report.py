@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from turnrow.training.folder import write_text
 from turnrow.training.recipe import Recipe
+from turnrow.training.sizes import readable_bytes
 
 __all__ = ["write_report"]
 
@@ -31,7 +32,7 @@ def write_report(
         rows: predictions on the test split, of which a few are shown.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"figure": _figure, "bytes": _bytes, "seconds": _seconds}
+    environment.filters |= {"figure": _figure, "bytes": readable_bytes, "seconds": _seconds}
     template = environment.from_string(files("turnrow.training").joinpath("report.html.j2").read_text(encoding="utf-8"))
     label = recipe.task.get("label")
     text = template.render(
@@ -67,14 +68,6 @@ def _figure(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"
 
 
 def _seconds(value: float | None) -> str:

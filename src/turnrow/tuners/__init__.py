@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from turnrow.tuners._dense import rehearsal
 from turnrow.tuners._quantized_model import dequantize, keep_nf4_unpacked
 from turnrow.tuners.counting import ParameterCount, count_parameters
 from turnrow.tuners.registration import register
@@ -21,6 +22,7 @@ __all__ = [
     "keep_nf4_unpacked",
     "move_optimizer_state",
     "register",
+    "rehearsal",
     "reselect",
     "select",
     "unite",

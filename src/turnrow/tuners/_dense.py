@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from turnrow.errors import UserError
@@ -17,13 +21,17 @@ __all__ = [
     "dense_weight",
     "features",
     "is_plain_tensor",
+    "is_rehearsal",
     "is_sharded",
     "is_torchao",
     "may_change_in_place",
     "refuse_sharded",
+    "rehearsal",
 ]
 
 DenseLinear = nn.Linear | Conv1D
+
+_rehearsing: ContextVar[bool] = ContextVar("rehearsing", default=False)
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -66,7 +74,28 @@ def dense_weight(layer: DenseLinear, *, values: bool = False) -> Tensor:
 
 def is_plain_tensor(weight: Tensor) -> bool:
     """Whether the values of `weight` are all here: no sharded or quantized subclass, nothing on the meta device."""
+    if is_rehearsal() and isinstance(weight, FakeTensor):
+        return True
     return type(weight) in (Tensor, nn.Parameter) and weight.device.type != "meta"
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """In this block a FakeTensor passes for a weight that is here.
+
+    A forward and backward on fake tensors then goes through the same steps, and takes the same bytes, as training does;
+    otherwise layers treat a weight without values as one that is elsewhere. What is chosen by data passes for chosen.
+    """
+    token = _rehearsing.set(True)
+    try:
+        yield
+    finally:
+        _rehearsing.reset(token)
+
+
+def is_rehearsal() -> bool:
+    """Whether this is a `rehearsal`."""
+    return _rehearsing.get()
 
 
 def is_sharded(layer: nn.Module, parameter: str = "weight") -> bool:

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from turnrow.errors import UserError
 from turnrow.ops.experts import FusedWeight, overlay
-from turnrow.tuners._dense import is_sharded, may_change_in_place, refuse_sharded
+from turnrow.tuners._dense import is_rehearsal, is_sharded, may_change_in_place, refuse_sharded
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.layer import Active, RocoftLayer
 from turnrow.tuners.rocoft.live_weight import live_weight
@@ -54,6 +54,8 @@ class RocoftExpertWeight(RocoftLayer):
         active, base = self.active, self._base
         found: dict[str, Tensor] = {}
         if self._may_go_live(active):
+            if is_rehearsal():
+                raise NotImplementedError("how many tokens each expert gets depends on the values of the tokens")
             self._go_live(active)
             trained = tuple(part for part in active.parts if part.parameter.requires_grad)
             if trained and torch.is_grad_enabled():

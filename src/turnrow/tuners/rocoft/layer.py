@@ -88,8 +88,8 @@ class _Live:
     """State of the index tensors when the originals were taken out."""
     written: list[tuple[int, int]] = field(default_factory=list)
     """State of the parameters when the weight was last written."""
-    pointer: int = 0
-    """Where the values of the weight lie."""
+    pointer: int | None = None
+    """Where the values of the weight lie; None before they were looked up."""
     values: Any = None
     """The weight as (out, in), to write to."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from turnrow.errors import UserError
 from turnrow.selection import needs_data
-from turnrow.tuners._dense import features, is_sharded, may_change_in_place
+from turnrow.tuners._dense import features, is_rehearsal, is_sharded, may_change_in_place
 from turnrow.tuners._mixed_batch import MixedBatch
 from turnrow.tuners._quantized import Requantizer, refuse_cut_gradient, values_of
 from turnrow.tuners.rocoft.config import RocoftConfig
@@ -141,7 +141,7 @@ class RocoftLinear(RocoftLayer):
                 self.unmerge()
             return self._held_for_backward(self.base_layer(x, *args, **kwargs), x)
         active = self.active
-        if self._unselected:
+        if self._unselected and not is_rehearsal():
             self._refuse_unselected(self.active_adapters, active.parts)
         if active.adapters == 1 and self._may_go_live():
             return self._live_forward(active, x, args, kwargs)
