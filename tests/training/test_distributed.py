@@ -90,6 +90,7 @@ def test_two_processes_train_what_one_does(calm_recipe: MakeRecipe, tmp_path: Pa
     assert err.count("test, before") == err.count("test, after") == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_torchrun_leaves_a_folder_that_goes_on(calm_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe, one = one_process(calm_recipe, tmp_path)
     code, _, err = on_two(recipe, tmp_path, worker=("SIGINT", "1", "3"))
