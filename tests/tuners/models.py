@@ -242,3 +242,10 @@ def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def identical(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def assert_close_by_name(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], **tolerance: float) -> None:
+    assert first.keys() == second.keys()
+    assert first
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)

@@ -11,7 +11,16 @@ from peft import PeftModel, RoadConfig, get_peft_model
 from torch import nn
 
 import turnrow
-from tests.tuners.models import MIXTURES, OTHER_MIXTURES, build, identical, output, perturb, snapshot
+from tests.tuners.models import (
+    MIXTURES,
+    OTHER_MIXTURES,
+    assert_close_by_name,
+    build,
+    identical,
+    output,
+    perturb,
+    snapshot,
+)
 from tests.tuners.test_training_features import _LargestTensor
 from turnrow import RocoftConfig
 from turnrow.errors import UserError
@@ -49,13 +58,6 @@ def _gradients(model, inputs):
     model.zero_grad()
     model(**inputs).loss.backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def _close(first, second, **tolerance):
-    assert first.keys() == second.keys()
-    assert first
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
 
 
 # --- the life of an adapter ----------------------------------------------------------------------------------------------
@@ -240,7 +242,7 @@ def test_overlay_agrees_with_live(mode, implementation):
     for module in overlay.modules():
         if isinstance(module, RocoftExpertWeight):
             module.weight_is_shared = True
-    _close(_gradients(overlay, inputs), _gradients(live, inputs), rtol=1e-4, atol=1e-6)
+    assert_close_by_name(_gradients(overlay, inputs), _gradients(live, inputs), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(output(overlay, inputs), output(live, inputs))
     experts = "model.layers.0.mlp.experts.down_proj"
     assert torch.equal(snapshot(overlay)[experts], snapshot(_base("gpt_oss")[0])[experts])
@@ -416,7 +418,7 @@ def test_gradient_checkpointing_changes_nothing(implementation, use_reentrant):
     inner = model.base_model.model
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
     enable({"use_reentrant": use_reentrant})
-    _close(_gradients(model, inputs), plain, rtol=1e-4, atol=1e-6)
+    assert_close_by_name(_gradients(model, inputs), plain, rtol=1e-4, atol=1e-6)
 
 
 @every_implementation
@@ -443,7 +445,7 @@ def test_two_forwards_before_one_backward_and_inference_between():
         model(**inputs)
     (first + model(**inputs).loss).backward()
     twice = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    _close(twice, {n: 2 * g for n, g in once.items()}, rtol=1e-4, atol=1e-6)
+    assert_close_by_name(twice, {n: 2 * g for n, g in once.items()}, rtol=1e-4, atol=1e-6)
 
 
 @every_mode
@@ -451,7 +453,7 @@ def test_functional_transforms_see_the_exact_gradient(mode):
     model, inputs = _adapted(mode, "mixtral", "eager", dtype=torch.float64)
     parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     got = torch.func.grad(lambda p: torch.func.functional_call(model, p, (), inputs).loss)(parameters)
-    _close(got, _gradients(model, inputs))
+    assert_close_by_name(got, _gradients(model, inputs))
 
 
 @pytest.mark.slow
@@ -662,7 +664,7 @@ def test_what_happens_between_forward_and_backward_changes_no_gradient(mode, imp
         model.state_dict()
     loss.backward()
     disturbed = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    _close(disturbed, undisturbed, rtol=1e-4, atol=1e-6)
+    assert_close_by_name(disturbed, undisturbed, rtol=1e-4, atol=1e-6)
     with model.disable_adapter():
         assert identical(snapshot(model), base)
 

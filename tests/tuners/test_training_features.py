@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.tuners.models import METHODS, build, configure, identical, output, perturb, snapshot
+from tests.tuners.models import METHODS, assert_close_by_name, build, configure, identical, output, perturb, snapshot
 from turnrow import RocoftConfig
 
 every_method = pytest.mark.parametrize("method", [m for m in METHODS if "bias" not in m])
@@ -33,13 +33,6 @@ def _with_another(method):
 
 def _gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def _close(first, second, **tolerance):
-    assert first.keys() == second.keys()
-    assert first
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], msg=lambda m, name=name: f"{name}: {m}", **tolerance)
 
 
 @every_method
@@ -93,7 +86,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(method):
     model.zero_grad()
     for i in range(2):
         (model(**{k: v[i : i + 1] for k, v in inputs.items()}).loss / 2).backward()
-    _close(_gradients(model), whole, rtol=1e-4, atol=1e-6)
+    assert_close_by_name(_gradients(model), whole, rtol=1e-4, atol=1e-6)
 
 
 @every_method
@@ -115,7 +108,7 @@ def test_gradient_checkpointing_changes_nothing(method, use_reentrant, architect
     for _ in range(2):
         model.zero_grad()
         model(**inputs).loss.backward()
-    _close(_gradients(model), plain, rtol=1e-4, atol=1e-6)
+    assert_close_by_name(_gradients(model), plain, rtol=1e-4, atol=1e-6)
 
 
 @every_method
@@ -125,7 +118,7 @@ def test_two_forwards_before_one_backward(method):
     once = _gradients(model)
     model.zero_grad()
     (model(**inputs).loss + model(**inputs).loss).backward()
-    _close(_gradients(model), {n: 2 * g for n, g in once.items()}, rtol=1e-4, atol=1e-6)
+    assert_close_by_name(_gradients(model), {n: 2 * g for n, g in once.items()}, rtol=1e-4, atol=1e-6)
 
 
 def _reference_pass(model, inputs):
@@ -159,9 +152,9 @@ def test_what_happens_between_forward_and_backward_changes_no_gradient(method, i
     loss = model(**inputs).loss
     interlude(model, inputs)
     loss.backward()
-    _close(_gradients(model), undisturbed, rtol=1e-4, atol=1e-6)
+    assert_close_by_name(_gradients(model), undisturbed, rtol=1e-4, atol=1e-6)
     with model.disable_adapter():
-        _close(snapshot(model), base, rtol=1e-5, atol=1e-6)
+        assert_close_by_name(snapshot(model), base, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["row", "column"])

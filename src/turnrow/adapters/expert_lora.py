@@ -15,6 +15,7 @@ import torch
 
 from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.adapters.fingerprint import named_weights
+from turnrow.adapters.low_rank import low_rank_factors
 from turnrow.errors import UserError
 from turnrow.ops.experts import FusedWeight, columns, rows
 
@@ -71,23 +72,7 @@ def _places(names: list[str]) -> dict[str, str]:
 
 
 def _lora(place: str, tensors: Mapping[str, torch.Tensor], weight: FusedWeight) -> ExpertLora:
-    a, b = _factors(tensors, *weight.shape[1:])
+    a, b = low_rank_factors(tensors, rows, columns, *weight.shape[1:])
     if weight.transposed != getattr(weight.module, "is_transposed", False):
         a, b = b.mT, a.mT  # peft takes this weight for its transpose
     return ExpertLora(place, a.flatten(0, 1).contiguous(), b.permute(1, 2, 0).flatten(1).contiguous(), a.shape[1])
-
-
-def _factors(
-    tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (E, r, in) and B (E, out, r)."""
-    pairs = []
-    rows_index = tensors["rocoft_row_index"].long() if "rocoft_row" in tensors else None
-    if rows_index is not None:
-        pairs.append(rows.lora_factors(tensors["rocoft_row"], rows_index, out_features))
-    if "rocoft_column" in tensors:
-        delta = tensors["rocoft_column"]
-        if rows_index is not None:
-            delta = columns.spread(delta, columns.others(rows_index, out_features), out_features)
-        pairs.append(columns.lora_factors(delta, tensors["rocoft_column_index"].long(), in_features))
-    return torch.cat([a for a, _ in pairs], dim=1), torch.cat([b for _, b in pairs], dim=2)

@@ -12,7 +12,6 @@ trained whole but `classifier` and `score`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from turnrow.adapters.checks import check_against_model, check_finite
 from turnrow.adapters.expert_lora import expert_loras
 from turnrow.adapters.fingerprint import weight_shape
 from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
+from turnrow.adapters.low_rank import low_rank_factors
 from turnrow.adapters.reading import read_adapter
 from turnrow.adapters.writing import new_folder
 from turnrow.errors import UserError
@@ -106,25 +106,10 @@ def _check_exportable(adapter: AdapterFile) -> None:
 
 def _factors(adapter: AdapterFile, base: torch.nn.Module | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return {
-        module: _factors_of(tensors, *_shape(adapter, module, base))
+        module: low_rank_factors(tensors, rows, columns, *_shape(adapter, module, base))
         for module, tensors in adapter.modules.items()
         if module not in adapter.fused_weights
     }
-
-
-def _factors_of(
-    tensors: Mapping[str, torch.Tensor], out_features: int, in_features: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    pairs = []
-    rows_index = tensors["rocoft_row_index"].long() if "rocoft_row" in tensors else None
-    if rows_index is not None:
-        pairs.append(rows.lora_factors(tensors["rocoft_row"], rows_index, out_features))
-    if "rocoft_column" in tensors:
-        delta = tensors["rocoft_column"]
-        if rows_index is not None:
-            delta = columns.spread(delta, columns.others(rows_index, out_features), out_features)
-        pairs.append(columns.lora_factors(delta, tensors["rocoft_column_index"].long(), in_features))
-    return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
 
 
 def _shape(adapter: AdapterFile, module: str, base: torch.nn.Module | None) -> tuple[int, ...]:

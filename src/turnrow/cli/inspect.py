@@ -7,6 +7,8 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from turnrow.cli.console import table_console
+
 if TYPE_CHECKING:
     from turnrow.adapters import AdapterSummary, ModuleSummary
 
@@ -14,9 +16,6 @@ __all__ = ["HELP", "NAME", "add_arguments", "run"]
 
 NAME = "inspect"
 HELP = "Show what is in an adapter: method, base, modules, indices, sizes, norms, provenance."
-
-# In a file or a pipe there is no edge of the screen to break lines at.
-_FILE_WIDTH = 240
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,12 +38,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_tables(summary: AdapterSummary) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
+    console = table_console()
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(summary).items():
         if value:

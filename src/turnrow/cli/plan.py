@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from turnrow.cli.console import FILE_WIDTH, table_console
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -17,9 +19,6 @@ __all__ = ["HELP", "NAME", "TAKES_OVERRIDES", "add_arguments", "run"]
 NAME = "plan"
 HELP = "forecast parameters and memory of a recipe's run and of other methods, without loading weights"
 TAKES_OVERRIDES = True
-
-# In a file or a pipe there is no edge of the screen to break lines at.
-_FILE_WIDTH = 240
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(planned.to_dict(), indent=2))
     else:
-        console = Console(highlight=False, markup=False)
-        if not console.is_terminal:
-            console.width = _FILE_WIDTH
-        _show(planned, console, args.memory)
+        _show(planned, table_console(), args.memory)
     return 0
 
 
@@ -91,7 +87,7 @@ def _show(plan: Plan, console: Console, memory: str | None) -> None:
     sizes, steps = _columns(plan, memory)
     whole = _table(plan, sizes | steps)
     # Not by console.measure, which says no more than the width that there is.
-    if Measurement.get(console, console.options.update_width(_FILE_WIDTH), whole).maximum <= console.width:
+    if Measurement.get(console, console.options.update_width(FILE_WIDTH), whole).maximum <= console.width:
         console.print(whole)
     else:
         console.print(_table(plan, sizes), _table(plan, steps), sep="\n")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from turnrow.cli.console import table_console
 from turnrow.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,9 +17,6 @@ __all__ = ["HELP", "NAME", "TAKES_OVERRIDES", "add_arguments", "run"]
 NAME = "select"
 HELP = "choose the rows, columns or entries that RoCoFT trains, by a recipe's method.selection, into a file"
 TAKES_OVERRIDES = True
-
-# In a file or a pipe there is no edge of the screen to break lines at.
-_FILE_WIDTH = 240
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,14 +64,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(selection: Selection) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from turnrow.cli.inspect import short_indices
 
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = _FILE_WIDTH
+    console = table_console()
     table = Table(box=None, padding=(0, 1))
     for heading, justify in (("module", "left"), ("weight", "left"), ("chosen", "left"), ("share of score", "right")):
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from turnrow.tuners._dense import dense_linear, features
+from turnrow.tuners._passthrough import AttributesOfBase
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.layer import RocoftLayer
 from turnrow.tuners.rocoft.mixed import add_bias, stack_bias
@@ -16,7 +17,7 @@ from turnrow.tuners.rocoft.mixed import add_bias, stack_bias
 __all__ = ["RocoftBias"]
 
 
-class RocoftBias(RocoftLayer):
+class RocoftBias(AttributesOfBase, RocoftLayer):
     """Any module whose bias is trained and whose weight is not, for `bias="all"`."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: RocoftConfig) -> None:
@@ -31,15 +32,6 @@ class RocoftBias(RocoftLayer):
         """Add an adapter: a difference of zero to the bias."""
         self._add_bias(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def __getattr__(self, name: str) -> Any:
-        """What models read of their layers, such as the epsilon of a norm, is still found here."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer with the biases of the active adapters, or in a mixed batch of each sample's own."""

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from turnrow.errors import UserError
 from turnrow.ops.experts import FusedWeight, overlay
 from turnrow.tuners._dense import is_rehearsal, is_sharded, may_change_in_place, refuse_sharded
+from turnrow.tuners._passthrough import AttributesOfBase
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.layer import Active, RocoftLayer
 from turnrow.tuners.rocoft.live_weight import live_weight
@@ -95,7 +96,7 @@ class RocoftExpertWeight(RocoftLayer):
         return self._base.matrices(values=True)
 
 
-class RocoftExperts(BaseTunerLayer, nn.Module):
+class RocoftExperts(AttributesOfBase, BaseTunerLayer, nn.Module):
     """A module with fused experts, and beside it a `RocoftExpertWeight` for each of its weights that is trained.
 
     What peft asks of adapter layers those answer. This one takes the module's place in the model, and sees to it that the
@@ -144,15 +145,6 @@ class RocoftExperts(BaseTunerLayer, nn.Module):
         for output in y if isinstance(y, tuple) else (y,):
             if isinstance(output, Tensor) and output.requires_grad:
                 output.register_hook(hold)
-
-    def __getattr__(self, name: str) -> Any:
-        """What models read of their experts, such as their number, is still found here."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
 
     # --- what peft asks ------------------------------------------------------------------------------------------------
 
