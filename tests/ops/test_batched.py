@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turnrow.ops import batched, columns, entries, rotation, rows
+from turnrow.ops import batched, columns, entries, pairs, rows
 
 IN, OUT = 12, 16
 TOKENS = pytest.mark.parametrize("tokens", [1, 5])
@@ -135,9 +135,7 @@ def _angles(kinds, dtype=torch.float64):
     parameters = [
         None
         if kind is None
-        else tuple(
-            torch.randn(rotation.parameter_size(kind[0], OUT), dtype=dtype, requires_grad=True) for _ in range(2)
-        )
+        else tuple(torch.randn(pairs.parameter_size(kind[0], OUT), dtype=dtype, requires_grad=True) for _ in range(2))
         for kind in kinds
     ]
     angles = []
@@ -151,7 +149,7 @@ def _angles(kinds, dtype=torch.float64):
 def _rotated_alone(h, kinds, parameters):
     return torch.stack(
         [
-            h[b] if kind is None else rotation.rotate(h[b], rotation.coefficients(*kind, *parameters[b]))
+            h[b] if kind is None else pairs.rotate(h[b], pairs.coefficients(*kind, *parameters[b]))
             for b, kind in enumerate(kinds)
         ]
     )
@@ -191,6 +189,33 @@ def test_a_bfloat16_output_is_rotated_in_float32_and_rounded_once(kinds):
             rotated = batched.rotate(h, batched.stack_rotations(angles, len(kinds), OUT))
         assert rotated.dtype == torch.bfloat16
         torch.testing.assert_close(rotated.float(), expected, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "group_size", "theta", "form"),
+    [
+        ("road_1", 2, torch.pi / 2, torch.Tensor),
+        ("road_1", 8, 1.0, pairs.Shears),
+        ("road_4", 2, 1.0, pairs.Shears),
+        ("road_1", 8, torch.pi / 2, tuple),  # a quarter turn is no product of shears and a scale
+        ("road_2", 2, torch.pi / 2, tuple),
+        ("road_1", 8, torch.nan, tuple),
+    ],
+)
+def test_a_rotation_in_place_takes_the_form_of_fewest_passes_that_is_exact(variant, group_size, theta, form):
+    size = pairs.parameter_size(variant, OUT)
+    parameters = torch.linspace(-1, 1, size) * theta, torch.linspace(0.5, 2, size)
+    blocks = pairs.coefficients(variant, group_size, *parameters)
+    prepared = pairs.prepare(blocks)
+    assert isinstance(prepared, form)
+    h = torch.randn(5, OUT)
+    torch.testing.assert_close(pairs.rotate_(h.clone(), prepared), pairs.rotate(h, blocks), equal_nan=True)
+
+
+def test_a_scale_of_zero_is_rotated_in_place_too():
+    parameters = torch.randn(OUT // 2), torch.zeros(OUT // 2)
+    blocks = pairs.coefficients("road_1", 8, *parameters)
+    assert torch.equal(pairs.rotate_(torch.randn(3, OUT), pairs.prepare(blocks)), torch.zeros(3, OUT))
 
 
 def test_a_sample_that_is_not_rotated_stays_as_it_is_to_the_bit():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turnrow.ops import rotation
+from turnrow.ops import pairs, rotation
 
 VARIANTS = pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
 GROUPS = pytest.mark.parametrize("group_size", [2, 4, 12])
@@ -15,7 +15,7 @@ OUT = 24
 
 
 def _parameters(variant, out_features=OUT, dtype=torch.float64):
-    size = rotation.parameter_size(variant, out_features)
+    size = pairs.parameter_size(variant, out_features)
     theta = torch.randn(size, dtype=dtype)
     alpha = 1 + 0.3 * torch.rand(size, dtype=dtype)
     if variant != "road_1":
@@ -38,32 +38,28 @@ def _dense(blocks, out_features=OUT):
 
 def test_quarter_turn_of_neighbours_by_eye():
     theta, alpha = torch.tensor([torch.pi / 2, 0.0]), torch.tensor([1.0, 2.0])
-    blocks = rotation.coefficients("road_1", 2, theta, alpha)
-    torch.testing.assert_close(
-        rotation.rotate(torch.tensor([1.0, 2.0, 3.0, 4.0]), blocks), torch.tensor([-2.0, 1, 6, 8])
-    )
+    blocks = pairs.coefficients("road_1", 2, theta, alpha)
+    torch.testing.assert_close(pairs.rotate(torch.tensor([1.0, 2.0, 3.0, 4.0]), blocks), torch.tensor([-2.0, 1, 6, 8]))
 
 
 def test_groups_pair_the_halves_by_eye():
     theta, alpha = torch.tensor([torch.pi / 2, 0.0]), torch.tensor([1.0, 1.0])
-    blocks = rotation.coefficients("road_1", 4, theta, alpha)
-    torch.testing.assert_close(
-        rotation.rotate(torch.tensor([1.0, 2.0, 3.0, 4.0]), blocks), torch.tensor([-3.0, 2, 1, 4])
-    )
+    blocks = pairs.coefficients("road_1", 4, theta, alpha)
+    torch.testing.assert_close(pairs.rotate(torch.tensor([1.0, 2.0, 3.0, 4.0]), blocks), torch.tensor([-3.0, 2, 1, 4]))
 
 
 @VARIANTS
 @GROUPS
 def test_every_way_computes_the_dense_product(variant, group_size):
     theta, alpha = _parameters(variant)
-    blocks = rotation.coefficients(variant, group_size, theta, alpha)
+    blocks = pairs.coefficients(variant, group_size, theta, alpha)
     dense = _dense([b.detach() for b in blocks])
     x, weight, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 5, 7), (OUT, 7), (OUT,)))
     h = x @ weight.t() + bias
     settings_ = {"variant": variant, "group_size": group_size}
     for z in (
-        rotation.rotate(h, blocks),
-        rotation.rotate_values(h, [b.detach() for b in blocks]),
+        pairs.rotate(h, blocks),
+        pairs.rotate_values(h, [b.detach() for b in blocks]),
         rotation.rotate_output(h, theta, alpha, **settings_),
         rotation.rotated_linear(x, weight, bias, theta, alpha, **settings_),
         rotation.rotated_linear(x, weight.t().contiguous().t(), bias, theta, alpha, **settings_),
@@ -101,7 +97,7 @@ def test_gradients_of_the_rotated_linear_pass_gradcheck(variant, with_bias):
 @VARIANTS
 def test_unrotate_undoes_rotate(variant):
     theta, alpha = _parameters(variant, dtype=torch.float32)
-    blocks = [b.detach() for b in rotation.coefficients(variant, 4, theta, alpha)]
+    blocks = [b.detach() for b in pairs.coefficients(variant, 4, theta, alpha)]
     weight, bias = torch.randn(OUT, 5), torch.randn(OUT)
     merged, merged_bias = weight.clone(), bias.clone()
     rotation.rotate_weight_(merged, merged_bias, blocks)
@@ -115,23 +111,23 @@ def test_unrotate_undoes_rotate(variant):
 @settings(deadline=None, max_examples=40)
 @given(angle=st.floats(-6.3, 6.3), scale=st.floats(0.1, 10), first=st.floats(-5, 5), second=st.floats(-5, 5))
 def test_road_1_keeps_the_length_of_a_pair_up_to_its_scale(angle, scale, first, second):
-    blocks = rotation.coefficients("road_1", 2, torch.tensor([angle]).double(), torch.tensor([scale]).double())
+    blocks = pairs.coefficients("road_1", 2, torch.tensor([angle]).double(), torch.tensor([scale]).double())
     h = torch.tensor([first, second]).double()
-    torch.testing.assert_close(rotation.rotate(h, blocks).norm(), scale * h.norm())
+    torch.testing.assert_close(pairs.rotate(h, blocks).norm(), scale * h.norm())
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-9, float("nan")])
 def test_a_scale_of_zero_counts_as_not_invertible(scale):
     alpha = torch.ones(OUT // 2)
     alpha[3] = scale
-    assert not rotation.is_invertible(rotation.coefficients("road_1", 4, torch.zeros(OUT // 2), alpha))
-    assert rotation.is_invertible(rotation.coefficients("road_1", 4, torch.zeros(OUT // 2), torch.ones(OUT // 2)))
+    assert not pairs.is_invertible(pairs.coefficients("road_1", 4, torch.zeros(OUT // 2), alpha))
+    assert pairs.is_invertible(pairs.coefficients("road_1", 4, torch.zeros(OUT // 2), torch.ones(OUT // 2)))
 
 
 def test_equal_rows_count_as_not_invertible():
     theta = torch.zeros(2, 2, 1)
     theta[:, 1] = torch.pi / 2  # z1 = h1 and z2 = h1: nothing is left of h2
-    assert not rotation.is_invertible(rotation.coefficients("road_2", 2, theta.flatten(), torch.ones(4)))
+    assert not pairs.is_invertible(pairs.coefficients("road_2", 2, theta.flatten(), torch.ones(4)))
 
 
 def test_gradients_with_a_scale_of_zero_are_right_when_the_input_is_kept():
@@ -163,9 +159,7 @@ def test_watch_learns_whether_the_output_is_overwritten():
         assert watch.keep == "copy"
         h = torch.randn(5, OUT, dtype=torch.float64)
         z = rotation.rotate_output(h, theta, alpha, variant="road_1", group_size=4, keep=watch.keep, watch=watch)
-        expected = torch.autograd.grad(
-            rotation.rotate(h, rotation.coefficients("road_1", 4, theta, alpha)).sum(), theta
-        )
+        expected = torch.autograd.grad(pairs.rotate(h, pairs.coefficients("road_1", 4, theta, alpha)).sum(), theta)
         if overwrite:
             z += 1
         (gradient,) = torch.autograd.grad(z.sum(), theta)
@@ -186,18 +180,18 @@ def test_a_reader_that_begins_to_overwrite_is_an_error_once_and_then_right():
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         step()
-    reference = rotation.rotate(h, rotation.coefficients("road_1", 4, theta, alpha))
+    reference = pairs.rotate(h, pairs.coefficients("road_1", 4, theta, alpha))
     torch.testing.assert_close(step(), torch.autograd.grad(reference.sum(), theta)[0])
 
 
 def test_bfloat16_is_rotated_in_float32():
     theta, alpha = _parameters("road_1", dtype=torch.float32)
-    blocks = [b.detach() for b in rotation.coefficients("road_1", 4, theta, alpha)]
+    blocks = [b.detach() for b in pairs.coefficients("road_1", 4, theta, alpha)]
     h = torch.randn(50, OUT).bfloat16()
-    exact = rotation.rotate(h.float(), blocks)
-    assert torch.equal(rotation.rotate_values(h, blocks), exact.bfloat16())
+    exact = pairs.rotate(h.float(), blocks)
+    assert torch.equal(pairs.rotate_values(h, blocks), exact.bfloat16())
 
 
 def test_unknown_variant_lists_allowed():
     with pytest.raises(ValueError, match="'road_3'; it must be one of road_1, road_2, road_4"):
-        rotation.parameter_size("road_3", 8)
+        pairs.parameter_size("road_3", 8)

@@ -7,6 +7,7 @@ Knows torch alone. Every equation of turnrow lives in this room; layers, merging
 - `columns`: train r columns of a weight matrix (RoCoFT).
 - `entries`: train single entries of a weight matrix (RoCoFT's ablation).
 - `experts`: the same for the experts of a layer in one tensor.
+- `pairs`: the 2 x 2 blocks of a rotation, and what they do to pairs of values.
 - `rotation`: rotate and scale pairs of output features (RoAd).
 - `batched`: the same for a batch in which every sample has an adapter of its own.
 - `rounding`: what quantizing a merged weight anew has cost.
@@ -15,6 +16,6 @@ Knows torch alone. Every equation of turnrow lives in this room; layers, merging
 
 from __future__ import annotations
 
-from turnrow.ops import batched, columns, delta, entries, experts, rotation, rounding, rows
+from turnrow.ops import batched, columns, delta, entries, experts, pairs, rotation, rounding, rows
 
-__all__ = ["batched", "columns", "delta", "entries", "experts", "rotation", "rounding", "rows"]
+__all__ = ["batched", "columns", "delta", "entries", "experts", "pairs", "rotation", "rounding", "rows"]

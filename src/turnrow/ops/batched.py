@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 from torch.nn.utils.rnn import pad_sequence
 
-from turnrow.ops import rotation
+from turnrow.ops import pairs
 
 __all__ = [
     "Angles",
@@ -195,12 +195,12 @@ def add_bias(y: Tensor, bias: Tensor, dim: int) -> Tensor:
 class Angles:
     """Parameters of the samples whose adapters are of one variant and group size."""
 
-    variant: rotation.Variant
+    variant: pairs.Variant
     group_size: int
     samples: Sequence[int]
     """Which samples of the batch."""
     theta: Sequence[Tensor]
-    """One for each of `samples`, see `rotation.coefficients`."""
+    """One for each of `samples`, see `pairs.coefficients`."""
     alpha: Sequence[Tensor]
 
 
@@ -210,8 +210,10 @@ class Rotations:
 
     samples: Tensor | None
     """(b,) int64, which samples; None for all, R being the identity where a sample has no rotation."""
-    blocks: rotation.Coefficients
+    blocks: pairs.Blocks
     """(c1, s1, c2, s2), each (b, 1, out / g, g / 2)."""
+    in_place: pairs.InPlace
+    """The same for where no gradient is asked for."""
 
 
 def stack_rotations(angles: Sequence[Angles], samples: int, out_features: int) -> list[Rotations]:
@@ -225,7 +227,7 @@ def stack_rotations(angles: Sequence[Angles], samples: int, out_features: int) -
         # Groups lie side by side, so many adapters of a kind are one long adapter.
         theta, alpha = torch.cat(list(one.theta)), torch.cat(list(one.alpha))
         shape = (len(one.samples), 1, out_features // one.group_size, one.group_size // 2)
-        entries = (entry.view(shape) for entry in rotation.coefficients(one.variant, one.group_size, theta, alpha))
+        entries = (entry.view(shape) for entry in pairs.coefficients(one.variant, one.group_size, theta, alpha))
         which = torch.tensor(one.samples, device=theta.device)
         by_size.setdefault(one.group_size, []).append((which, *entries))
     kinds = []
@@ -237,7 +239,8 @@ def stack_rotations(angles: Sequence[Angles], samples: int, out_features: int) -
             c1, c2 = (identity[0].index_copy(0, which, entry) for entry in (c1, c2))
             s1, s2 = (identity[1].index_copy(0, which, entry) for entry in (s1, s2))
         blocks = (c1, s1, c1, s1) if one_block else (c1, s1, c2, s2)  # equal ones are read from memory once
-        kinds.append(Rotations(None if len(by_size) == 1 else which, blocks))
+        in_place = blocks if _asks_for_gradient(*blocks) else pairs.prepare(blocks)
+        kinds.append(Rotations(None if len(by_size) == 1 else which, blocks, in_place))
     return kinds
 
 
@@ -254,23 +257,12 @@ def rotate(h: Tensor, rotations: Sequence[Rotations]) -> Tensor:
     for kind in rotations:
         own = h if kind.samples is None else h.index_select(0, kind.samples)
         in_place = not _asks_for_gradient(own, *kind.blocks)
-        z = _rotate_(own, kind.blocks) if in_place else rotation.rotate(own, kind.blocks)
+        z = pairs.rotate_(own, kind.in_place) if in_place else pairs.rotate(own, kind.blocks)
         if kind.samples is None:
             h = z
         else:
             h = h.index_copy_(0, kind.samples, z) if in_place else h.index_copy(0, kind.samples, z)
     return h
-
-
-def _rotate_(h: Tensor, blocks: rotation.Coefficients) -> Tensor:
-    """R h in place. On a CPU the time goes into memory that is touched, and h has just been written."""
-    c1, s1, c2, s2 = blocks
-    wide = h.to(torch.promote_types(h.dtype, c1.dtype))
-    h1, h2 = wide.view(-1, h.shape[1], c1.shape[2], 2, c1.shape[3]).unbind(3)  # (b, T, groups, half)
-    of_h1 = h1 * s2
-    h1.mul_(c1).addcmul_(h2, s1, value=-1)
-    h2.mul_(c2).add_(of_h1)
-    return wide.to(h.dtype)
 
 
 def _filled(chosen: Sequence[Chosen | None]) -> tuple[list[Tensor], list[Tensor]]:

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from turnrow.ops import batched, rotation
+from turnrow.ops import batched, pairs, rotation
 from turnrow.ops.rounding import MergeCost
 from turnrow.tuners._dense import DenseLinear, dense_weight, features, is_plain_tensor, is_sharded, refuse_sharded
 from turnrow.tuners._mixed_batch import MixedBatch, MixedBatchLayer
@@ -29,7 +29,7 @@ from turnrow.tuners._quantized import (
 
 __all__ = ["RoadLinear"]
 
-Rotation: TypeAlias = tuple[rotation.Variant, int, Tensor, Tensor]
+Rotation: TypeAlias = tuple[pairs.Variant, int, Tensor, Tensor]
 """Variant, group size, theta and alpha of an adapter."""
 
 
@@ -47,7 +47,7 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
         nn.Module.__init__(self)
         self.base_layer = base_layer
         self.quantization_backend = quantization_backend(base_layer, requantize)
-        self.variant: dict[str, rotation.Variant] = {}
+        self.variant: dict[str, pairs.Variant] = {}
         self.group_size: dict[str, int] = {}
         self.road_theta = nn.ParameterDict()
         self.road_alpha = nn.ParameterDict()
@@ -56,7 +56,7 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
         self.merged_adapters: list[str] = []
         self.out_features, self.in_features = features(self._dense)
         self._watch: dict[str, rotation.OutputWatch] = {}
-        self._known: dict[str, tuple[tuple, rotation.Coefficients, bool]] = {}
+        self._known: dict[str, tuple[tuple, pairs.Blocks, bool]] = {}
         """By adapter: the state of its parameters, their blocks, and whether those can be undone."""
         self._kept_for_unmerge: dict[str, tuple[Tensor, Tensor | None]] = {}
         """Original weight and bias of merged adapters whose rotation cannot be undone (a scale of zero)."""
@@ -110,7 +110,7 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
 
     def stack_adapters(self, names: Sequence[str], dtype: torch.dtype) -> list[batched.Rotations]:
         """R for each sample; in the parameters' own dtype."""
-        kinds: dict[tuple[rotation.Variant, int], list[int]] = {}
+        kinds: dict[tuple[pairs.Variant, int], list[int]] = {}
         for sample, name in enumerate(names):
             if name in self.variant:
                 kinds.setdefault((self.variant[name], self.group_size[name]), []).append(sample)
@@ -129,7 +129,7 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
         """Differentiable operations only, for `torch.compile` and the transforms of `torch.func`."""
         h = self.base_layer(x, *args, **kwargs)
         for parameters in active:
-            h = rotation.rotate(h, rotation.coefficients(*parameters))
+            h = pairs.rotate(h, pairs.coefficients(*parameters))
         return h
 
     def _look_up(self, names: list[str]) -> tuple[Rotation, ...]:
@@ -177,7 +177,7 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
         variant, group_size, theta, alpha = self._parameters_of(name)
         watch = self._watch_over(name, h, theta, alpha)
         if watch is None:
-            return rotation.rotate_values(h, blocks)
+            return pairs.rotate_values(h, blocks)
         keep = watch.keep if invertible else "input"
         return rotation.rotate_output(h, theta, alpha, variant=variant, group_size=group_size, keep=keep, watch=watch)
 
@@ -190,7 +190,7 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
     def _parameters_of(self, name: str) -> Rotation:
         return self.variant[name], self.group_size[name], self.road_theta[name], self.road_alpha[name]
 
-    def _blocks(self, name: str) -> tuple[rotation.Coefficients, bool]:
+    def _blocks(self, name: str) -> tuple[pairs.Blocks, bool]:
         """The blocks of R and whether they can be undone, made anew only when the parameters have changed."""
         variant, group_size, theta, alpha = self._parameters_of(name)
         stamp = tuple((p.data_ptr(), -1 if p.is_inference() else p._version, p.requires_grad) for p in (theta, alpha))
@@ -200,8 +200,8 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
         # `p.data` can be changed unseen by its version: the blocks of parameters in training are always made anew. Whether
         # they can be undone is asked once for each state, because the answer has to come back from the device.
         if known is None or not unchanged or theta.requires_grad or alpha.requires_grad:
-            blocks = rotation.coefficients(variant, group_size, theta.detach(), alpha.detach())
-            invertible = known[2] if known is not None and unchanged else rotation.is_invertible(blocks)
+            blocks = pairs.coefficients(variant, group_size, theta.detach(), alpha.detach())
+            invertible = known[2] if known is not None and unchanged else pairs.is_invertible(blocks)
             known = self._known[name] = (stamp, blocks, invertible)
         return known[1], known[2]
 
