@@ -37,6 +37,24 @@ def test_overlay_equals_the_changed_weight(ops, leading):
     torch.testing.assert_close(y, x @ (weight + dense).t())
 
 
+@BOTH
+def test_overlay_on_narrow_activations_keeps_no_wider_copy_of_them(ops):
+    weight, index, delta, dense = _case(ops, dtype=torch.float32)
+    x = torch.randn(8, 5).bfloat16().requires_grad_()
+    delta.requires_grad_()
+    kept = []
+
+    def keep(tensor):
+        kept.append((tensor.dtype, tensor.numel()))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = ops.overlay(x @ weight.t().bfloat16(), x, delta, index)
+    assert y.dtype == torch.bfloat16
+    assert all(dtype == torch.bfloat16 for dtype, numel in kept if numel >= x.numel() and dtype.is_floating_point)
+    torch.testing.assert_close(y.float(), x.float() @ (weight + dense).t(), rtol=2**-6, atol=2**-6)
+
+
 @ALL
 def test_put_writes_what_the_dense_change_says_and_keep_undoes_it(ops):
     weight, index, delta, dense = _case(ops)

@@ -59,9 +59,9 @@ def spread(delta: Tensor, rest: Tensor, out_features: int) -> Tensor:
 def overlay(y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tensor:
     """y += x[..., S] delta^T, out of place: the adapter beside a base weight that is left alone.
 
-    Costs O(tokens * out * r) and one copy of y; differentiable to any order.
+    Costs O(tokens * out * r) and one copy of y; differentiable to any order. Computed in the dtype of x.
     """
-    change = torch.nn.functional.linear(x.index_select(-1, index).to(delta.dtype), delta)  # (..., out)
+    change = torch.nn.functional.linear(x.index_select(-1, index), delta.to(x.dtype))  # (..., out)
     return y + change.to(y.dtype)
 
 

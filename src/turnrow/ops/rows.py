@@ -40,9 +40,10 @@ def put_(weight: Tensor, index: Tensor, values: Tensor) -> None:
 def overlay(y: Tensor, x: Tensor, delta: Tensor, index: Tensor) -> Tensor:
     """y[..., S] += x delta^T, out of place: the adapter beside a base weight that is left alone.
 
-    Costs O(tokens * in * r) and one copy of y; differentiable to any order.
+    Costs O(tokens * in * r) and one copy of y; differentiable to any order. Computed in the dtype of x, so that what the
+    backward pass keeps is x itself, which the base layer's neighbours keep as well, and no wider copy of it.
     """
-    change = torch.nn.functional.linear(x.to(delta.dtype), delta)  # (..., r)
+    change = torch.nn.functional.linear(x, delta.to(x.dtype))  # (..., r)
     return y.index_add(-1, index, change.to(y.dtype))
 
 
