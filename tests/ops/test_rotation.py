@@ -195,3 +195,16 @@ def test_bfloat16_is_rotated_in_float32():
 def test_unknown_variant_lists_allowed():
     with pytest.raises(ValueError, match="'road_3'; it must be one of road_1, road_2, road_4"):
         pairs.parameter_size("road_3", 8)
+
+
+@VARIANTS
+@GROUPS
+def test_products_and_parameters_are_those_of_the_matrices(variant, group_size):
+    first, second = (
+        pairs.coefficients(variant, group_size, *(p.detach() for p in _parameters(variant))) for _ in range(2)
+    )
+    product = pairs.product(second, first)
+    torch.testing.assert_close(_dense(product), _dense(second) @ _dense(first))
+    torch.testing.assert_close(_dense(pairs.product(pairs.inverse(first), first)), torch.eye(OUT, dtype=torch.float64))
+    again = pairs.coefficients("road_2", group_size, *pairs.parameters(product))
+    torch.testing.assert_close(_dense(again), _dense(product))

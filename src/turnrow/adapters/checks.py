@@ -94,7 +94,8 @@ def check_base(adapter: AdapterFile, model: torch.nn.Module) -> None:
     """
     named = named_weights(model)
     for module, expected in adapter.base_prints.items():
-        found = fingerprint(named[module], adapter.modules.get(module, {})) if module in named else None
+        own = adapter.modules.get(module, {}) if expected.own is None else expected.own
+        found = fingerprint(named[module], own) if module in named else None
         difference = "it is missing here" if found is None else expected.difference(found)
         if difference is not None:
             raise UserError(

@@ -57,10 +57,15 @@ class WeightPrint:
     sample: torch.Tensor | None
     """(32,) float32, the values at the fixed positions; None for a weight that cannot be read as plain numbers."""
 
+    own: Mapping[str, torch.Tensor] | None = None
+    """By index tensor of RoCoFT (``rocoft_row_index``): the rows, columns or entries that half of the sample is from. None for those
+    of the adapter itself; one that was combined from others keeps those of the first."""
+
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values; the sample is the base64 of little-endian float32."""
         sample = None if self.sample is None else _encode(self.sample)
-        return {"shape": list(self.shape), "transposed": self.transposed, "sample": sample}
+        own = {} if self.own is None else {"own": {name: index.tolist() for name, index in self.own.items()}}
+        return {"shape": list(self.shape), "transposed": self.transposed, "sample": sample, **own}
 
     @classmethod
     def from_dict(cls, value: Any, where: str) -> WeightPrint:
@@ -73,7 +78,10 @@ class WeightPrint:
             shape = tuple(value["shape"])
             transposed, text = value["transposed"], value["sample"]
             sample = None if text is None else _decode(text)
-        except (TypeError, KeyError, ValueError, binascii.Error) as error:
+            own = value.get("own")
+            if own is not None:
+                own = {str(name): torch.tensor(index, dtype=torch.int64) for name, index in own.items()}
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError, RuntimeError, binascii.Error) as error:
             raise UserError(f"{where} is damaged: {type(error).__name__} {error}") from error
         if not all(isinstance(size, int) and size > 0 for size in shape) or not isinstance(transposed, bool):
             raise UserError(f"{where} is damaged: shape {value['shape']!r}, transposed {transposed!r}")
@@ -81,22 +89,27 @@ class WeightPrint:
             raise UserError(
                 f"{where} is damaged: {len(sample)} values for a weight of shape {list(shape)}, {SAMPLES} are expected"
             )
-        return cls(shape, transposed, sample)
+        return cls(shape, transposed, sample, own)
 
-    def difference(self, other: WeightPrint) -> str | None:
-        """Say in words how `other` differs from this one beyond rounding; None if it does not."""
+    def difference(self, other: WeightPrint, *, of_one_adapter: bool = True) -> str | None:
+        """Say in words how `other` differs from this one beyond rounding; None if it does not.
+
+        Args:
+            of_one_adapter: both samples are from the same places. Those for two adapters share only their first half, which is from
+                the whole weight.
+        """
         if self.shape != other.shape:
             return f"its weight is {_by(other.shape)} here and was {_by(self.shape)}"
         if self.sample is None or other.sample is None:
             return None
-        close = (self.sample - other.sample).abs() <= _RELATIVE * torch.maximum(
-            self.sample.abs(), other.sample.abs()
-        ) + _ABSOLUTE
-        wrong = (~(close | (self.sample == other.sample))).nonzero().flatten().tolist()
+        count = SAMPLES if of_one_adapter else SAMPLES // 2
+        mine, others = self.sample[:count], other.sample[:count]
+        close = (mine - others).abs() <= _RELATIVE * torch.maximum(mine.abs(), others.abs()) + _ABSOLUTE
+        wrong = (~(close | (mine == others))).nonzero().flatten().tolist()
         if not wrong:
             return None
-        here, there = other.sample[wrong[0]].item(), self.sample[wrong[0]].item()
-        return f"{len(wrong)} of {SAMPLES} sampled weights differ beyond rounding, the first is {here:.6g} here and was {there:.6g}"
+        here, there = others[wrong[0]].item(), mine[wrong[0]].item()
+        return f"{len(wrong)} of {count} sampled weights differ beyond rounding, the first is {here:.6g} here and was {there:.6g}"
 
 
 def named_weights(model: torch.nn.Module) -> dict[str, torch.nn.Module | FusedWeight]:

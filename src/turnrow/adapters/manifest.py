@@ -38,7 +38,15 @@ from turnrow.adapters.quantization import describe_quantization
 from turnrow.adapters.writing import replace_text
 from turnrow.errors import UserError
 
-__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "read_manifest", "verify_weights_file", "weight_prints", "write_manifest"]
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "read_manifest",
+    "store_manifest",
+    "verify_weights_file",
+    "weight_prints",
+    "write_manifest",
+]
 
 MANIFEST_NAME = "turnrow.json"
 FORMAT_VERSION = 1
@@ -75,13 +83,29 @@ def write_manifest(path: str | os.PathLike[str], model: PeftModel, **provenance:
             for name, layer in layers.items()
             if name in modules
         }
+    described = _describe_base(base, has_head=bool(rest))
+    return store_manifest(folder, described, {k: v for k, v in prints.items() if v is not None}, provenance)
+
+
+def store_manifest(
+    folder: Path, base: Mapping[str, Any], prints: Mapping[str, WeightPrint], provenance: Mapping[str, Any]
+) -> Path:
+    """Write ``turnrow.json`` for the weights file in `folder`; return its path.
+
+    Args:
+        base: what is known of the base beside its fingerprints.
+        prints: fingerprints of the base by module.
+        provenance: JSON values.
+
+    Raises:
+        UserError: a provenance value cannot be written as JSON.
+    """
     manifest = {
         "format_version": FORMAT_VERSION,
         "versions": _versions(),
         "files": {WEIGHTS_NAME: _file_record(folder / WEIGHTS_NAME)},
-        "base": _describe_base(base, has_head=bool(rest))
-        | {"modules": {name: print_.to_dict() for name, print_ in prints.items() if print_ is not None}},
-        "provenance": provenance,
+        "base": {**base, "modules": {name: print_.to_dict() for name, print_ in prints.items()}},
+        "provenance": dict(provenance),
     }
     try:
         text = json.dumps(manifest, indent=1, allow_nan=False)

@@ -62,7 +62,8 @@ def check_rocoft(
     if (count := _experts(tensors, shape)) is not None:
         _check_experts(where, module, tensors, config, shape, count)
         return
-    needed = [name for part in MODES[mode] for name in (f"rocoft_{part}", f"rocoft_{part}_index")]
+    trained = _parts(mode, module, config)
+    needed = [name for part in trained for name in (f"rocoft_{part}", f"rocoft_{part}_index")]
     unknown = sorted(set(tensors) - {*needed, BIAS})
     if unknown:
         raise UserError(f"{where}: unexpected tensor {unknown[0]!r} for mode {mode!r}")
@@ -80,10 +81,19 @@ def check_rocoft(
         )
     if shape is not None and len(shape) != 2:
         raise UserError(f"{where}: its weight has shape {list(shape)}, {_PLURAL[MODES[mode][0]]} are of matrices")
-    rows_beside = len(tensors["rocoft_row_index"]) if mode == "row+column" else 0
-    for part in MODES[mode]:
+    rows_beside = len(tensors["rocoft_row_index"]) if set(trained) == {"row", "column"} else 0
+    for part in trained:
         crossing = rows_beside if part == "column" else 0
         _check_part(_Where(where, module, config), part, tensors, shape, crossing)
+
+
+def _parts(mode: str, module: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parts of a weight that an adapter trains in one module: those of its mode, or what its indices name for the module."""
+    indices = config.get("indices")
+    given = indices.get(module) if isinstance(indices, dict) else None
+    if mode == "row+column" and isinstance(given, dict):
+        return tuple(part for part in MODES[mode] if part in given) or MODES[mode]
+    return MODES[mode]
 
 
 def _experts(tensors: Mapping[str, Tensor], shape: tuple[int, ...] | None) -> int | None:
@@ -110,7 +120,7 @@ def _check_experts(
             )
     matrix = None if shape is None else shape[1:]
     check_rocoft(where, module, {name: tensor[0] for name, tensor in tensors.items()}, config, matrix)
-    for part in MODES[config["mode"]]:
+    for part in _parts(config["mode"], module, config):
         name = f"rocoft_{part}_index"
         _check_index(where, name, tensors[name], _size(part, matrix))
 

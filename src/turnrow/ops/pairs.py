@@ -28,7 +28,9 @@ __all__ = [
     "inverse",
     "is_invertible",
     "parameter_size",
+    "parameters",
     "prepare",
+    "product",
     "rotate",
     "rotate_",
     "rotate_rows",
@@ -215,6 +217,20 @@ def inverse(blocks: Blocks) -> Blocks:
     c1, s1, c2, s2 = blocks
     determinant = c1 * c2 + s1 * s2
     return c2 / determinant, -s1 / determinant, c1 / determinant, -s2 / determinant
+
+
+def product(second: Blocks, first: Blocks) -> Blocks:
+    """R_second R_first of one pairing, as blocks: first one rotation, then the other."""
+    c1, s1, c2, s2 = second
+    p1, q1, p2, q2 = first
+    return c1 * p1 - s1 * q2, c1 * q1 + s1 * p2, c2 * p2 - s2 * q1, s2 * p1 + c2 * q2
+
+
+def parameters(blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """(theta, alpha) of road_2, (out,) each, whose blocks are these: any 2 x 2 block has exactly one such form, but for signs."""
+    c1, s1, c2, s2 = blocks
+    c, s = torch.stack((c1, c2), dim=-2), torch.stack((s1, s2), dim=-2)
+    return torch.atan2(s, c).flatten(), torch.hypot(c, s).flatten()
 
 
 def split(features: Tensor, block_entry: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def choose_indices(config: RocoftConfig, name: str, out_features: int, in_featur
     sizes = {"row": out_features, "column": in_features, "entry": out_features * in_features}
     given = _given(config, name)
     chosen = {}
-    for part in parts_of_mode(config.mode):
+    for part in parts_of_mode(config.mode) if given is None else given:
         if given is not None:
             index = check_indices(given[part], sizes[part], what=part, module=name)
             # The gradient of entries is taken block by block of rows.
@@ -190,7 +190,9 @@ def _given(config: RocoftConfig, name: str) -> dict[str, list[int]] | None:
         return None
     if len(parts) == 1 and not isinstance(given, dict):
         return {parts[0]: given}
-    if not isinstance(given, dict) or set(given) != set(parts):
+    # A module that is named itself may have one of the two parts alone, as adapters combined of several have.
+    complete = isinstance(given, dict) and (set(given) == set(parts) or (named_modules(config) and given))
+    if not complete or not set(given) <= set(parts):
         wanted = ", ".join(f"{part!r}: [...]" for part in parts)
         raise UserError(f"indices of module {name!r} are {given!r}; mode {config.mode!r} needs {{{wanted}}}")
     return given
