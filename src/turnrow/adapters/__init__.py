@@ -6,7 +6,9 @@ Files are peft's (``adapter_config.json`` and ``adapter_model.safetensors``); ``
 from __future__ import annotations
 
 from turnrow.adapters.adapter_file import AdapterFile
-from turnrow.adapters.base_model import load_base, load_processor, skeleton
+from turnrow.adapters.algebra import Composition, compose, interpolate, scale, subtract
+from turnrow.adapters.base_model import load_base, load_for_task, load_processor, skeleton
+from turnrow.adapters.extraction import Extraction, extract_adapter
 from turnrow.adapters.inspection import AdapterSummary, ModuleSummary, inspect_adapter
 from turnrow.adapters.loading import load_adapter
 from turnrow.adapters.lora import export_lora
@@ -19,19 +21,27 @@ from turnrow.adapters.sharded import save_adapter, whole_state_dict
 __all__ = [
     "AdapterFile",
     "AdapterSummary",
+    "Composition",
+    "Extraction",
     "MergeResult",
     "ModuleSummary",
+    "compose",
     "export_lora",
+    "extract_adapter",
     "inspect_adapter",
+    "interpolate",
     "load_adapter",
     "load_base",
+    "load_for_task",
     "load_processor",
     "merge_adapter",
     "needed_package",
     "quantization_config",
     "read_adapter",
     "save_adapter",
+    "scale",
     "skeleton",
+    "subtract",
     "whole_state_dict",
     "write_manifest",
 ]

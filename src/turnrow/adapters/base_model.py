@@ -14,9 +14,9 @@ from transformers.utils import cached_file
 
 from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.adapters.quantization import quantization_config
-from turnrow.errors import UserError
+from turnrow.errors import UserError, near_matches
 
-__all__ = ["load_base", "load_processor", "skeleton"]
+__all__ = ["load_base", "load_for_task", "load_processor", "skeleton"]
 
 _CLASS_OF_TASK = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -56,6 +56,21 @@ def load_base(adapter: AdapterFile, base: str) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise UserError(f"the base model {base!r} cannot be loaded: {error}") from error
+
+
+def load_for_task(location: str, task_type: str) -> PreTrainedModel:
+    """Load the model at `location` (a folder or a Hub id) as the class for peft's `task_type`, in the checkpoint's dtype.
+
+    Raises:
+        UserError: the task type is unknown, or the model cannot be read.
+    """
+    if task_type not in _CLASS_OF_TASK:
+        hint = near_matches(task_type, _CLASS_OF_TASK)
+        raise UserError(f"the task type is {task_type!r}; it must be one of {', '.join(_CLASS_OF_TASK)}{hint}")
+    try:
+        return getattr(transformers, _CLASS_OF_TASK[task_type]).from_pretrained(location, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model {location!r} cannot be loaded: {error}") from error
 
 
 def skeleton(adapter: AdapterFile, base: str) -> PreTrainedModel:

@@ -18,7 +18,21 @@ from turnrow.training.processes import is_first, let_others_speak
 
 __all__ = ["main"]
 
-_COMMANDS = ("train", "plan", "select", "evaluate", "predict", "inspect", "merge", "export_lora")
+_COMMANDS = (
+    "train",
+    "plan",
+    "select",
+    "evaluate",
+    "predict",
+    "inspect",
+    "compose",
+    "scale",
+    "subtract",
+    "interpolate",
+    "extract",
+    "merge",
+    "export_lora",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

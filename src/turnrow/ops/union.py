@@ -95,6 +95,13 @@ class Overlap:
     entries: int
     """Single entries, where any of the changes is of entries."""
 
+    def __str__(self) -> str:
+        named = [
+            f"{what} {_listed(numbers)}" for what, numbers in (("row", self.row), ("column", self.column)) if numbers
+        ]
+        counted = ((self.crossings, "entries where rows and columns cross"), (self.entries, "entries"))
+        return "; ".join((*named, *(f"{count:,} {what}" for count, what in counted if count)))
+
     def __bool__(self) -> bool:
         return bool(self.row or self.column or self.crossings or self.entries)
 
@@ -197,6 +204,11 @@ def _in_features(changes: Sequence[Change]) -> int:
 
 def _is_empty(change: Change) -> bool:
     return change.row is None and change.column is None and change.entry is None
+
+
+def _listed(numbers: list[int]) -> str:
+    first = ", ".join(map(str, numbers[:8]))
+    return first if len(numbers) <= 8 else f"{first} and {len(numbers) - 8} more"
 
 
 def _union(indices: list[Tensor]) -> Tensor | None:
