@@ -16,7 +16,7 @@ from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.adapters.fingerprint import fingerprint, named_weights, weight_shape
 from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
 from turnrow.adapters.rocoft_checks import BIAS, check_rocoft, describe
-from turnrow.errors import UserError, near_matches
+from turnrow.errors import AdapterError, near_matches
 
 __all__ = ["check_against_config", "check_against_model", "check_base", "check_finite"]
 
@@ -29,18 +29,18 @@ def check_against_config(adapter: AdapterFile) -> None:
     """Check the tensors of a RoCoFT or RoAd adapter against its own configuration (and the shapes in its manifest).
 
     Raises:
-        UserError: names the tensor, what it is and what the configuration asks for.
+        AdapterError: names the tensor, what it is and what the configuration asks for.
     """
     if adapter.method not in ("ROCOFT", "ROAD"):
         return
     path = adapter.path / WEIGHTS_NAME
     stray = next((key for key in adapter.tensors if not key.startswith(KEY_PREFIX)), None)
     if stray is not None:
-        raise UserError(
+        raise AdapterError(
             f"{path}: the tensor {stray!r} does not begin with {KEY_PREFIX!r}, as those of a peft adapter do"
         )
     if not adapter.modules:
-        raise UserError(
+        raise AdapterError(
             f"{path} holds no {adapter.method} tensors, only {', '.join(sorted(adapter.saved_modules)[:3])}"
         )
     for module, tensors in adapter.modules.items():
@@ -50,12 +50,12 @@ def check_against_config(adapter: AdapterFile) -> None:
 
 
 def check_finite(adapter: AdapterFile) -> None:
-    """Refuse an adapter that holds NaN or infinite values (UserError names the first tensor)."""
+    """Refuse an adapter that holds NaN or infinite values (AdapterError names the first tensor)."""
     bad = adapter.non_finite()
     if bad:
         key, count = next(iter(bad.items()))
         more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
-        raise UserError(
+        raise AdapterError(
             f"{adapter.path / WEIGHTS_NAME}: {key}{more} holds {count} NaN or infinite values of "
             f"{adapter.tensors[key].numel()}: the training diverged; use an earlier checkpoint"
         )
@@ -65,7 +65,7 @@ def check_against_model(adapter: AdapterFile, model: torch.nn.Module) -> None:
     """Check that `model` (without adapters) has every module of a RoCoFT or RoAd adapter, in the right size.
 
     Raises:
-        UserError: names the first module or parameter that is missing or has another size.
+        AdapterError: names the first module or parameter that is missing or has another size.
     """
     if adapter.method not in ("ROCOFT", "ROAD"):
         return
@@ -73,10 +73,10 @@ def check_against_model(adapter: AdapterFile, model: torch.nn.Module) -> None:
     for module, tensors in adapter.modules.items():
         if module not in named:
             hint = near_matches(module, named)
-            raise UserError(f"{_another_base(adapter)}: this {type(model).__name__} has no module {module!r}{hint}")
+            raise AdapterError(f"{_another_base(adapter)}: this {type(model).__name__} has no module {module!r}{hint}")
         shape = weight_shape(named[module])
         if shape is None:
-            raise UserError(
+            raise AdapterError(
                 f"{_another_base(adapter)}: module {module!r}, a {type(named[module]).__name__}, has no weight"
             )
         check = check_rocoft if adapter.method == "ROCOFT" else _check_road
@@ -90,7 +90,7 @@ def check_base(adapter: AdapterFile, model: torch.nn.Module) -> None:
     """Compare the weights of `model` (without adapters) with the fingerprints in the adapter's manifest, if it has one.
 
     Raises:
-        UserError: names the first module that is missing or differs beyond rounding.
+        AdapterError: names the first module that is missing or differs beyond rounding.
     """
     named = named_weights(model)
     for module, expected in adapter.base_prints.items():
@@ -98,7 +98,7 @@ def check_base(adapter: AdapterFile, model: torch.nn.Module) -> None:
         found = fingerprint(named[module], own) if module in named else None
         difference = "it is missing here" if found is None else expected.difference(found)
         if difference is not None:
-            raise UserError(
+            raise AdapterError(
                 f"{_another_base(adapter)}: the first module that differs is {module!r}: {difference}. "
                 "Load the model that it was trained on, or pass check_base=False (--no-check-base on the command line) to use it all the same"
             )
@@ -113,7 +113,7 @@ def _check_bias(where: str, change: Tensor, module: Any) -> None:
     bias = getattr(module, "bias", None)
     if not isinstance(bias, Tensor) or bias.shape != change.shape:
         held = describe(bias) if isinstance(bias, Tensor) else "no bias"
-        raise UserError(f"{where}: {BIAS} is {describe(change)}, the module has {held}")
+        raise AdapterError(f"{where}: {BIAS} is {describe(change)}, the module has {held}")
 
 
 def _check_road(
@@ -124,14 +124,14 @@ def _check_road(
     shape: tuple[int, ...] | None,
 ) -> None:
     variant, group = config.get("variant"), config.get("group_size")
-    if variant not in _ROAD_SIZES:
-        raise UserError(
+    if not isinstance(variant, str) or variant not in _ROAD_SIZES:
+        raise AdapterError(
             f"{where}: the configuration's variant is {variant!r}, allowed are {', '.join(map(repr, _ROAD_SIZES))}"
         )
-    if not isinstance(group, int) or group < 2 or group % 2:
-        raise UserError(f"{where}: the configuration's group_size is {group!r}, an even number from 2 on is needed")
+    if isinstance(group, bool) or not isinstance(group, int) or group < 2 or group % 2:
+        raise AdapterError(f"{where}: the configuration's group_size is {group!r}, an even number from 2 on is needed")
     if set(tensors) != _ROAD_NAMES:
-        raise UserError(
+        raise AdapterError(
             f"{where}: the tensors must be road_theta and road_alpha, the file has {', '.join(sorted(tensors))}"
         )
     sizes = {name: describe(tensors[name]) for name in sorted(_ROAD_NAMES)}
@@ -139,14 +139,16 @@ def _check_road(
         any(tensor.ndim != 1 or not tensor.is_floating_point() for tensor in tensors.values())
         or len(set(sizes.values())) != 1
     ):
-        raise UserError(f"{where}: road_theta and road_alpha must be floating-point vectors of one size, got {sizes}")
+        raise AdapterError(
+            f"{where}: road_theta and road_alpha must be floating-point vectors of one size, got {sizes}"
+        )
     out = len(tensors["road_theta"]) / _ROAD_SIZES[variant]
     if out % group:
-        raise UserError(
+        raise AdapterError(
             f"{where}: {variant} with {sizes['road_theta']} means {out:g} output features, no multiple of group_size {group}"
         )
     if shape is not None and out != shape[0]:
-        raise UserError(
+        raise AdapterError(
             f"{where}: {variant} with {sizes['road_theta']} means {out:g} output features, the weight has {shape[0]}"
         )
 
@@ -156,7 +158,7 @@ def _check_saved_modules(adapter: AdapterFile, model: torch.nn.Module) -> None:
     for name, tensor in adapter.saved_modules.items():
         if name not in held:
             hint = near_matches(name, held)
-            raise UserError(
+            raise AdapterError(
                 f"{_another_base(adapter)}: it saved {name!r}, which this {type(model).__name__} does not have{hint}"
             )
         if held[name].shape != tensor.shape:
@@ -165,7 +167,7 @@ def _check_saved_modules(adapter: AdapterFile, model: torch.nn.Module) -> None:
                 if tensor.ndim and tensor.shape[1:] == held[name].shape[1:]
                 else ""
             )
-            raise UserError(
+            raise AdapterError(
                 f"{_another_base(adapter)}: it saved {name!r} with shape {list(tensor.shape)}, here it has "
                 f"{list(held[name].shape)}{labels}"
             )

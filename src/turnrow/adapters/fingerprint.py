@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from turnrow.errors import UserError
+from turnrow.errors import AdapterError
 from turnrow.ops.experts import FusedWeight, fused_weights
 
 __all__ = ["WeightPrint", "fingerprint", "is_plain", "named_weights", "weight_shape"]
@@ -72,7 +72,7 @@ class WeightPrint:
         """Read what `to_dict` wrote.
 
         Raises:
-            UserError: something is missing or of another kind; `where` names the place.
+            AdapterError: something is missing or of another kind; `where` names the place.
         """
         try:
             shape = tuple(value["shape"])
@@ -82,11 +82,11 @@ class WeightPrint:
             if own is not None:
                 own = {str(name): torch.tensor(index, dtype=torch.int64) for name, index in own.items()}
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError, RuntimeError, binascii.Error) as error:
-            raise UserError(f"{where} is damaged: {type(error).__name__} {error}") from error
+            raise AdapterError(f"{where} is damaged: {type(error).__name__} {error}") from error
         if not all(isinstance(size, int) and size > 0 for size in shape) or not isinstance(transposed, bool):
-            raise UserError(f"{where} is damaged: shape {value['shape']!r}, transposed {transposed!r}")
+            raise AdapterError(f"{where} is damaged: shape {value['shape']!r}, transposed {transposed!r}")
         if sample is not None and (len(shape) not in (2, 3) or len(sample) != SAMPLES):
-            raise UserError(
+            raise AdapterError(
                 f"{where} is damaged: {len(sample)} values for a weight of shape {list(shape)}, {SAMPLES} are expected"
             )
         return cls(shape, transposed, sample, own)

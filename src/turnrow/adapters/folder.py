@@ -17,7 +17,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils.peft_types import PeftType
 from safetensors import SafetensorError, safe_open
 
-from turnrow.errors import UserError, near_matches
+from turnrow.errors import AdapterError, near_matches
 
 __all__ = [
     "CONFIG_NAME",
@@ -40,13 +40,13 @@ def adapter_folder(path: str | os.PathLike[str]) -> Path:
     """Return `path` as the folder of an adapter.
 
     Raises:
-        UserError: there is no such folder, or it holds no ``adapter_config.json`` (those in folders inside are named).
+        AdapterError: there is no such folder, or it holds no ``adapter_config.json`` (those in folders inside are named).
     """
     folder = Path(path)
     if folder.is_file():
-        raise UserError(f"{folder} is a file: give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
+        raise AdapterError(f"{folder} is a file: give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
     if not folder.is_dir():
-        raise UserError(
+        raise AdapterError(
             f"no adapter folder {str(path)!r}: turnrow reads local folders; for one on the Hub, "
             f"run `hf download {path} --local-dir FOLDER` first"
         )
@@ -54,7 +54,7 @@ def adapter_folder(path: str | os.PathLike[str]) -> Path:
         inside = sorted(str(found.parent) for found in folder.glob(f"*/{CONFIG_NAME}"))
         held = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         hint = f"; did you mean {' or '.join(inside)}?" if inside else f" (it holds {held})"
-        raise UserError(f"the folder {folder} has no {CONFIG_NAME}{hint}")
+        raise AdapterError(f"the folder {folder} has no {CONFIG_NAME}{hint}")
     return folder
 
 
@@ -62,18 +62,20 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that must hold an object.
 
     Raises:
-        UserError: it is not UTF-8, not JSON (line and column are named) or something else than an object.
+        AdapterError: it is not UTF-8, not JSON (line and column are named) or something else than an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+        raise AdapterError(f"{path} is not UTF-8 text: {error}") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from error
+        raise AdapterError(
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})"
+        ) from error
     except RecursionError as error:
-        raise UserError(f"{path} is not usable: its JSON is nested too deeply") from error
+        raise AdapterError(f"{path} is not usable: its JSON is nested too deeply") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, an object {{...}} is needed")
+        raise AdapterError(f"{path} holds a JSON {type(value).__name__}, an object {{...}} is needed")
     return value
 
 
@@ -81,19 +83,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read ``adapter_config.json``.
 
     Raises:
-        UserError: it is not a JSON object, or its `peft_type` is missing or unknown to the installed peft and turnrow.
+        AdapterError: it is not a JSON object, or its `peft_type` is missing or unknown to the installed peft and turnrow.
     """
     path = folder / CONFIG_NAME
     config = read_json_object(path)
     allowed = sorted(str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING)
     method = config.get("peft_type")
     if method is None:
-        raise UserError(
+        raise AdapterError(
             f"{path} has no 'peft_type', so it is not the configuration of an adapter (keys: {', '.join(sorted(config)) or 'none'})"
         )
     if method not in allowed:
         hint = near_matches(str(method), allowed) or f"; known are {', '.join(allowed)}"
-        raise UserError(f"{path}: unknown peft_type {method!r}{hint}")
+        raise AdapterError(f"{path}: unknown peft_type {method!r}{hint}")
     return config
 
 
@@ -101,7 +103,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Read ``adapter_model.safetensors``. Pickle files are never opened: unpickling runs whatever code they hold.
 
     Raises:
-        UserError: the file is missing, is a pickle, is a Git LFS pointer, or is truncated or damaged.
+        AdapterError: the file is missing, is a pickle, is a Git LFS pointer, or is truncated or damaged.
     """
     path = folder / WEIGHTS_NAME
     if not path.is_file():
@@ -109,26 +111,26 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         # the training arguments that transformers saves beside an adapter are no weights
         pickles = [name for name in pickles if name != "training_args.bin"]
         if pickles:
-            raise UserError(
+            raise AdapterError(
                 f"{folder / pickles[0]} is a pickle file, and reading one can run any code that is hidden in it: turnrow reads "
                 f"only {WEIGHTS_NAME}. If you trust the file's origin, load it once with torch.load(..., weights_only=True), "
                 f"write the tensors with safetensors.torch.save_file(tensors, '{WEIGHTS_NAME}') and delete the pickle"
             )
-        raise UserError(
+        raise AdapterError(
             f"the folder {folder} has no {WEIGHTS_NAME} (it holds {', '.join(sorted(e.name for e in folder.iterdir()))})"
         )
     with path.open("rb") as file:
         if file.read(20).startswith(b"version https://git"):
-            raise UserError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
+            raise AdapterError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
+        raise AdapterError(
             f"{path} ({path.stat().st_size:,} bytes) is truncated, damaged or no safetensors file: {error}"
         ) from error
     if not tensors:
-        raise UserError(f"{path} holds no tensors")
+        raise AdapterError(f"{path} holds no tensors")
     return tensors
 
 

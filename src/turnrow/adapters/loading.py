@@ -7,11 +7,14 @@ import os
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 
+from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.adapters.checks import check_against_model, check_finite
 from turnrow.adapters.checks import check_base as compare_base
+from turnrow.adapters.loadable import loadable_config
 from turnrow.adapters.reading import read_adapter
-from turnrow.errors import UserError
+from turnrow.errors import AdapterError, UserError
 
 __all__ = ["load_adapter"]
 
@@ -29,8 +32,9 @@ def load_adapter(
         is_trainable: load it for more training instead of for inference.
 
     Raises:
-        UserError: as `read_adapter`; the adapter holds NaN or infinite values; it belongs to another base (the first
-            module that differs is named); `model` has adapters already.
+        AdapterError: as `read_adapter`; the adapter holds NaN or infinite values; it belongs to another base (the first
+            module that differs is named).
+        UserError: `model` has adapters already.
     """
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UserError(
@@ -42,4 +46,20 @@ def load_adapter(
     check_against_model(adapter, model)
     if check_base:
         compare_base(adapter, model)
-    return PeftModel.from_pretrained(model, str(adapter.path), is_trainable=is_trainable)
+    config = loadable_config(adapter) if adapter.method in ("ROCOFT", "ROAD") else None
+    loaded = PeftModel.from_pretrained(model, str(adapter.path), config=config, is_trainable=is_trainable)
+    _check_saved_modules_found(adapter, loaded)
+    return loaded
+
+
+def _check_saved_modules_found(adapter: AdapterFile, model: PeftModel) -> None:
+    """peft ignores tensors of modules that the configuration does not name."""
+    wrapped = [
+        name for name, module in model.get_base_model().named_modules() if isinstance(module, ModulesToSaveWrapper)
+    ]
+    for name in adapter.saved_modules:
+        if not any(name.startswith(f"{module}.") for module in wrapped):
+            named = adapter.config.get("modules_to_save")
+            raise AdapterError(
+                f"{adapter.path}: the file holds {name!r}, which is no module of the configuration's modules_to_save ({named})"
+            )

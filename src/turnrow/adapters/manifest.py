@@ -36,7 +36,7 @@ from turnrow.adapters.folder import (
 )
 from turnrow.adapters.quantization import describe_quantization
 from turnrow.adapters.writing import replace_text
-from turnrow.errors import UserError
+from turnrow.errors import AdapterError, UserError
 
 __all__ = [
     "FORMAT_VERSION",
@@ -119,7 +119,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Read and check the manifest of an adapter folder; None if there is none.
 
     Raises:
-        UserError: it is not JSON, lacks a part, or has a newer format version than this turnrow reads.
+        AdapterError: it is not JSON, lacks a part, or has a newer format version than this turnrow reads.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -127,31 +127,31 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     manifest = read_json_object(path)
     found = manifest.get("format_version")
     if not isinstance(found, int) or found < 1:
-        raise UserError(f"{path}: format_version is {found!r}, a whole number from 1 to {FORMAT_VERSION} is needed")
+        raise AdapterError(f"{path}: format_version is {found!r}, a whole number from 1 to {FORMAT_VERSION} is needed")
     if found > FORMAT_VERSION:
         writer = manifest.get("versions")
         by = f" by turnrow {writer['turnrow']}" if isinstance(writer, dict) and "turnrow" in writer else ""
-        raise UserError(
+        raise AdapterError(
             f"{path} was written in format {found}{by}, this turnrow reads up to {FORMAT_VERSION}: upgrade turnrow"
         )
     for part in ("versions", "files", "base", "provenance"):
         if not isinstance(manifest.get(part), dict):
-            raise UserError(f"{path} is damaged: {part!r} is missing or no object")
+            raise AdapterError(f"{path} is damaged: {part!r} is missing or no object")
     if not isinstance(manifest["base"].get("modules"), dict):
-        raise UserError(f"{path} is damaged: 'base.modules' is missing or no object")
+        raise AdapterError(f"{path} is damaged: 'base.modules' is missing or no object")
     record = manifest["files"].get(WEIGHTS_NAME)
     if (
         not isinstance(record, dict)
         or not isinstance(record.get("sha256"), str)
         or not isinstance(record.get("bytes"), int)
     ):
-        raise UserError(f"{path} is damaged: 'files' has no size and sha256 of {WEIGHTS_NAME}")
+        raise AdapterError(f"{path} is damaged: 'files' has no size and sha256 of {WEIGHTS_NAME}")
     weight_prints(manifest, path)
     return manifest
 
 
 def weight_prints(manifest: Mapping[str, Any], path: Path) -> dict[str, WeightPrint]:
-    """Return the fingerprints in a manifest by module; `path` is named when one is damaged (UserError)."""
+    """Return the fingerprints in a manifest by module; `path` is named when one is damaged (AdapterError)."""
     entries = manifest["base"]["modules"].items()
     return {name: WeightPrint.from_dict(value, f"{path}: the fingerprint of {name!r}") for name, value in entries}
 
@@ -160,7 +160,7 @@ def verify_weights_file(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Compare the weights file with size and SHA-256 in the manifest.
 
     Raises:
-        UserError: it is shorter (truncated), longer, or its contents were altered. A missing file is left to the reader.
+        AdapterError: it is shorter (truncated), longer, or its contents were altered. A missing file is left to the reader.
     """
     path = folder / WEIGHTS_NAME
     if not path.is_file():
@@ -169,12 +169,12 @@ def verify_weights_file(folder: Path, manifest: Mapping[str, Any]) -> None:
     size = path.stat().st_size
     if size != expected["bytes"]:
         what = "truncated" if size < expected["bytes"] else "altered"
-        raise UserError(
+        raise AdapterError(
             f"{path} is {what}: it has {size:,} bytes, {MANIFEST_NAME} recorded {expected['bytes']:,}. Copy the adapter again"
         )
     found = _sha256(path)
     if found != expected["sha256"]:
-        raise UserError(
+        raise AdapterError(
             f"{path} was altered: its SHA-256 is {found[:12]}..., {MANIFEST_NAME} recorded {expected['sha256'][:12]}.... "
             f"Copy the adapter again; if you changed the file yourself, delete {MANIFEST_NAME} (and with it the check of the base)"
         )
@@ -197,12 +197,12 @@ def _check_unmerged_and_complete(
 ) -> None:
     merged = next((name for name, layer in layers.items() if layer.merged), None)
     if merged is not None:
-        raise UserError(
+        raise AdapterError(
             f"module {merged!r} has an adapter merged into it, so its original weight is not at hand: unmerge first"
         )
     missing = next((name for name in modules if name not in layers), None)
     if missing is not None:
-        raise UserError(
+        raise AdapterError(
             f"the adapter in {folder} adapts {missing!r}, which this model does not: was it saved from another model?"
         )
 

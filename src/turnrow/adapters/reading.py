@@ -19,7 +19,7 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
         path: a folder in peft's layout, with or without ``turnrow.json``.
 
     Raises:
-        UserError: the folder, the configuration or the weights are missing or unusable; the weights are a pickle file;
+        AdapterError: the folder, the configuration or the weights are missing or unusable; the weights are a pickle file;
             the file is truncated or altered (against ``turnrow.json``); a tensor does not fit the configuration.
     """
     folder = adapter_folder(path)

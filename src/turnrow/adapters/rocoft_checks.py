@@ -11,10 +11,10 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from turnrow.errors import UserError
+from turnrow.errors import AdapterError
 from turnrow.ops import entries
 
-__all__ = ["BIAS", "MODES", "check_rocoft", "describe"]
+__all__ = ["BIAS", "MODES", "check_rocoft", "describe", "parts_in"]
 
 BIAS = "rocoft_bias"
 
@@ -53,12 +53,12 @@ def check_rocoft(
         shape: (out, in) of the weight, or (E, out, in) of fused experts, where it is known.
 
     Raises:
-        UserError: names the tensor, what it is and what is needed.
+        AdapterError: names the tensor, what it is and what is needed.
     """
     mode, bias = config.get("mode"), config.get("bias")
     if not isinstance(mode, str) or mode not in MODES:
         allowed = ", ".join(map(repr, MODES))
-        raise UserError(f"{where}: the configuration's mode is {mode!r}, allowed are {allowed}")
+        raise AdapterError(f"{where}: the configuration's mode is {mode!r}, allowed are {allowed}")
     if (count := _experts(tensors, shape)) is not None:
         _check_experts(where, module, tensors, config, shape, count)
         return
@@ -66,25 +66,30 @@ def check_rocoft(
     needed = [name for part in trained for name in (f"rocoft_{part}", f"rocoft_{part}_index")]
     unknown = sorted(set(tensors) - {*needed, BIAS})
     if unknown:
-        raise UserError(f"{where}: unexpected tensor {unknown[0]!r} for mode {mode!r}")
+        raise AdapterError(f"{where}: unexpected tensor {unknown[0]!r} for mode {mode!r}")
     if BIAS in tensors:
         if bias not in ("rocoft_only", "all"):
-            raise UserError(f"{where}: {BIAS} is in the file, and the configuration says bias={bias!r}")
+            raise AdapterError(f"{where}: {BIAS} is in the file, and the configuration says bias={bias!r}")
         if tensors[BIAS].ndim != 1 or not tensors[BIAS].is_floating_point():
-            raise UserError(f"{where}: {BIAS} must be a vector, got {describe(tensors[BIAS])}")
+            raise AdapterError(f"{where}: {BIAS} must be a vector, got {describe(tensors[BIAS])}")
         if bias == "all" and len(tensors) == 1:
             return  # a module of which only the bias is trained
     missing = next((name for name in needed if name not in tensors), None)
     if missing is not None:
-        raise UserError(
+        raise AdapterError(
             f"{where}: the tensor {missing!r} is missing (mode {mode!r}; the file has {', '.join(tensors)})"
         )
     if shape is not None and len(shape) != 2:
-        raise UserError(f"{where}: its weight has shape {list(shape)}, {_PLURAL[MODES[mode][0]]} are of matrices")
-    rows_beside = len(tensors["rocoft_row_index"]) if set(trained) == {"row", "column"} else 0
+        raise AdapterError(f"{where}: its weight has shape {list(shape)}, {_PLURAL[MODES[mode][0]]} are of matrices")
+    rows_beside = tensors["rocoft_row_index"].numel() if set(trained) == {"row", "column"} else 0
     for part in trained:
         crossing = rows_beside if part == "column" else 0
         _check_part(_Where(where, module, config), part, tensors, shape, crossing)
+
+
+def parts_in(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """The parts that the tensors of a module hold, and their indices; none where only a bias is trained."""
+    return {part: tensors[f"rocoft_{part}_index"].tolist() for part in _AXIS if f"rocoft_{part}_index" in tensors}
 
 
 def _parts(mode: str, module: str, config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -115,7 +120,7 @@ def _check_experts(
     """All of the first expert, and the indices of every one: the others are as large, being in the same tensors."""
     for name, tensor in tensors.items():
         if tensor.ndim < 2 or len(tensor) != count:
-            raise UserError(
+            raise AdapterError(
                 f"{where}: {name} is {describe(tensor)}, its first dimension must be that of the {count} experts"
             )
     matrix = None if shape is None else shape[1:]
@@ -145,11 +150,11 @@ def _check_part(
     dimensions = 1 if part == "entry" else 2
     if delta.ndim != dimensions or not delta.is_floating_point():
         kind = "vector" if part == "entry" else "matrix"
-        raise UserError(f"{where.text}: {name} must be a floating-point {kind}, got {describe(delta)}")
+        raise AdapterError(f"{where.text}: {name} must be a floating-point {kind}, got {describe(delta)}")
     if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32):
-        raise UserError(f"{where.text}: {index_name} must be a vector of int64, got {describe(index)}")
+        raise AdapterError(f"{where.text}: {index_name} must be a vector of int64, got {describe(index)}")
     if len(index) != delta.shape[axis]:
-        raise UserError(
+        raise AdapterError(
             f"{where.text}: {index_name} has {len(index)} entries for the {delta.shape[axis]} {_PLURAL[part]} of {name}"
         )
     _check_rank(where, len(index), part, shape)
@@ -158,7 +163,7 @@ def _check_part(
         return
     if delta.shape[1 - axis] != shape[1 - axis] - crossing:
         beside = f", {crossing} of its rows are trained as rows" if crossing else ""
-        raise UserError(
+        raise AdapterError(
             f"{where.text}: {name} is {describe(delta)}, the weight is {shape[0]} x {shape[1]} (out x in){beside}"
         )
 
@@ -170,34 +175,41 @@ def _check_rank(where: _Where, rank: int, part: str, shape: tuple[int, ...] | No
     if part == "entry":
         density = where.config.get("density")
         if not isinstance(density, (int, float)) or not 0 < density <= 1:
-            raise UserError(
+            raise AdapterError(
                 f"{where.text}: the configuration's density is {density!r}, above 0 and at most 1 is needed"
             )
         expected = None if shape is None else entries.count(shape[0], shape[1], density)
         asked = f"{expected} (density={density})"
     else:
         pattern = where.config.get("rank_pattern") or {}
+        if isinstance(pattern, dict) and any(_is_costly(expression) for expression in pattern):
+            return
         try:
             expected = pattern.get(get_pattern_key(list(pattern), where.module), where.config.get("r"))
         except (AttributeError, TypeError, re.error) as error:
-            raise UserError(
+            raise AdapterError(
                 f"{where.text}: the configuration's rank_pattern {pattern!r} is unusable: {error}"
             ) from error
         asked = f"r={expected}"
     if expected is not None and rank != expected:
-        raise UserError(f"{where.text}: the file holds {rank} {_PLURAL[part]}, the configuration asks for {asked}")
+        raise AdapterError(f"{where.text}: the file holds {rank} {_PLURAL[part]}, the configuration asks for {asked}")
+
+
+def _is_costly(expression: str) -> bool:
+    """Whether a regular expression might take long on a name: it repeats groups, or repeats often."""
+    return bool(re.search(r"\)[*+?{]", expression)) or len(re.findall(r"[*+{]", expression)) > 3
 
 
 def _check_index(where: str, name: str, index: Tensor, size: int | None) -> None:
     outside = (index < 0) if size is None else (index < 0) | (index >= size)
     if outside.any():
         allowed = "0 or more" if size is None else f"0 to {size - 1}"
-        raise UserError(f"{where}: {name} holds {index[outside][0].item()}, out of range: allowed is {allowed}")
+        raise AdapterError(f"{where}: {name} holds {index[outside][0].item()}, out of range: allowed is {allowed}")
     values = index.sort(-1).values  # of every expert on its own, where there are several
     repeated = values[..., 1:][values.diff() == 0]
     if len(repeated):
-        raise UserError(
+        raise AdapterError(
             f"{where}: {name} holds {repeated[0].item()} twice; each row, column or entry may be named once"
         )
     if name == "rocoft_entry_index" and not torch.equal(values, index):
-        raise UserError(f"{where}: {name} is not in ascending order")
+        raise AdapterError(f"{where}: {name} is not in ascending order")
