@@ -17,6 +17,7 @@ from turnrow.adapters.merging import MergeResult, merge_adapter
 from turnrow.adapters.quantization import needed_package, quantization_config
 from turnrow.adapters.reading import read_adapter
 from turnrow.adapters.sharded import save_adapter, whole_state_dict
+from turnrow.adapters.streaming import merge_files, store_originals, unmerge_files, why_not_stream
 
 __all__ = [
     "AdapterFile",
@@ -35,13 +36,17 @@ __all__ = [
     "load_for_task",
     "load_processor",
     "merge_adapter",
+    "merge_files",
     "needed_package",
     "quantization_config",
     "read_adapter",
     "save_adapter",
     "scale",
     "skeleton",
+    "store_originals",
     "subtract",
+    "unmerge_files",
     "whole_state_dict",
+    "why_not_stream",
     "write_manifest",
 ]

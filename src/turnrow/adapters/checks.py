@@ -18,7 +18,7 @@ from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
 from turnrow.adapters.rocoft_checks import BIAS, check_rocoft, describe
 from turnrow.errors import AdapterError, near_matches
 
-__all__ = ["check_against_config", "check_against_model", "check_base", "check_finite"]
+__all__ = ["base_difference", "check_against_config", "check_against_model", "check_base", "check_finite"]
 
 _ROAD_NAMES = {"road_theta", "road_alpha"}
 # parameters per output feature
@@ -98,10 +98,15 @@ def check_base(adapter: AdapterFile, model: torch.nn.Module) -> None:
         found = fingerprint(named[module], own) if module in named else None
         difference = "it is missing here" if found is None else expected.difference(found)
         if difference is not None:
-            raise AdapterError(
-                f"{_another_base(adapter)}: the first module that differs is {module!r}: {difference}. "
-                "Load the model that it was trained on, or pass check_base=False (--no-check-base on the command line) to use it all the same"
-            )
+            raise base_difference(adapter, module, difference)
+
+
+def base_difference(adapter: AdapterFile, module: str, difference: str) -> AdapterError:
+    """The error for a base that is not the adapter's, with the first module that differs and how."""
+    return AdapterError(
+        f"{_another_base(adapter)}: the first module that differs is {module!r}: {difference}. "
+        "Load the model that it was trained on, or pass check_base=False (--no-check-base on the command line) to use it all the same"
+    )
 
 
 def _another_base(adapter: AdapterFile) -> str:

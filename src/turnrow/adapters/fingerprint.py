@@ -36,7 +36,7 @@ from transformers.pytorch_utils import Conv1D
 from turnrow.errors import AdapterError
 from turnrow.ops.experts import FusedWeight, fused_weights
 
-__all__ = ["WeightPrint", "fingerprint", "is_plain", "named_weights", "weight_shape"]
+__all__ = ["WeightPrint", "fingerprint", "fingerprint_of_values", "is_plain", "named_weights", "weight_shape"]
 
 SAMPLES = 32
 _PLASTIC = 1.32471795724474602596
@@ -139,7 +139,19 @@ def fingerprint(module: torch.nn.Module | FusedWeight, parameters: Mapping[str, 
     if weight.ndim not in (2, 3) or weight.ndim != len(shape):
         return WeightPrint(shape, transposed, None)
     view = weight.detach().mT if transposed else weight.detach()
-    return WeightPrint(shape, transposed, _sample(view, parameters))
+    return fingerprint_of_values(view, parameters, transposed=transposed)
+
+
+def fingerprint_of_values(
+    weight: torch.Tensor, parameters: Mapping[str, torch.Tensor], *, transposed: bool
+) -> WeightPrint:
+    """As `fingerprint`, of a weight without its module.
+
+    Args:
+        weight: (out, in), or (E, out, in) of fused experts.
+        transposed: it is stored the other way round.
+    """
+    return WeightPrint(tuple(weight.shape), transposed, _sample(weight, parameters))
 
 
 def weight_shape(module: torch.nn.Module | FusedWeight) -> tuple[int, ...] | None:

@@ -99,4 +99,6 @@ def _whole_modules(adapter: AdapterFile, path: Any) -> list[str] | None:
             raise AdapterError(
                 f"{path}: modules_to_save names {name!r} to be held whole, and the file has changes of {module!r}, which lies in it"
             )
-    return value
+    # peft takes every module whose name ends so; of the file's tensors a name is one or more whole parts
+    held = [f".{name}." for name in adapter.saved_modules]
+    return [name for name in value if any(f".{name}." in one for one in held)] or None

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from turnrow.adapters import AdapterFile, MergeResult
 
 __all__ = ["HELP", "NAME", "add_arguments", "run"]
 
@@ -25,15 +29,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-check-base", action="store_true", help="merge even if the base is not the one it was trained on"
     )
+    parser.add_argument(
+        "--in-memory",
+        action="store_true",
+        help="load the whole model, where its files could be merged one weight at a time",
+    )
+    undoing = parser.add_mutually_exclusive_group()
+    undoing.add_argument(
+        "--keep-base",
+        action="store_true",
+        help="write what the adapter replaces beside the adapter, so that --unmerge can put it back",
+    )
+    undoing.add_argument(
+        "--unmerge",
+        action="store_true",
+        help="take the adapter out of a model that it was merged into (--base), bit for bit; needs what --keep-base wrote",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Merge, save model and tokenizer, and print how much changed."""
-    from turnrow.adapters import load_base, load_processor, merge_adapter, read_adapter
+    from turnrow.adapters import (
+        load_processor,
+        merge_files,
+        read_adapter,
+        store_originals,
+        unmerge_files,
+        why_not_stream,
+    )
     from turnrow.adapters.writing import check_new_folder
     from turnrow.errors import UserError
     from turnrow.training.base import resolve_model
-    from turnrow.training.quiet import without_load_report
 
     # what can be refused is refused before a large model is loaded
     check_new_folder(args.out)
@@ -42,6 +68,32 @@ def run(args: argparse.Namespace) -> int:
     if not base:
         raise UserError(f"{args.adapter} does not name its base model: give --base MODEL")
     base = resolve_model(base)
+    if args.unmerge:
+        result = unmerge_files(args.adapter, base, args.out)
+        print(f"took {args.adapter} out of {len(result.changes)} modules of {base}: wrote {result.path}")
+        return 0
+    if args.keep_base:
+        print(f"kept what it replaces in {store_originals(args.adapter, base, check_base=not args.no_check_base)}")
+    # a tokenizer that was saved with the adapter may have been given new tokens
+    processor = load_processor(args.adapter)
+    reason = "--in-memory" if args.in_memory else why_not_stream(adapter, base)
+    if reason is None and not args.dequantize:
+        result = merge_files(args.adapter, base, args.out, processor=processor, check_base=not args.no_check_base)
+        print(f"merged {len(result.changes)} modules, one weight at a time, into {result.path}")
+        processor = processor or load_processor(base)
+    else:
+        processor = processor or load_processor(base)
+        result = _merge_in_memory(args, adapter, base, processor)
+    _print_changes(result)
+    if processor is None:
+        print("no tokenizer was found beside the adapter or the base, so none was saved")
+    return 0
+
+
+def _merge_in_memory(args: argparse.Namespace, adapter: AdapterFile, base: str, processor: Any | None) -> MergeResult:
+    from turnrow.adapters import load_base, merge_adapter
+    from turnrow.training.quiet import without_load_report
+
     # a classifier that the base lacks is the adapter's to bring
     with without_load_report():
         model = load_base(adapter, base)
@@ -49,14 +101,14 @@ def run(args: argparse.Namespace) -> int:
         from turnrow.tuners import dequantize
 
         dequantize(model)
-    # a tokenizer that was saved with the adapter may have been given new tokens
-    processor = load_processor(args.adapter) or load_processor(base)
     result = merge_adapter(model, args.adapter, args.out, processor=processor, check_base=not args.no_check_base)
-
-    largest = sorted(result.changes, key=lambda name: result.changes[name][0], reverse=True)[:3]
     print(f"merged {len(result.changes)} modules of {type(model).__name__} ({model.dtype}) into {result.path}")
+    return result
+
+
+def _print_changes(result: MergeResult) -> None:
     print(f"norm of the change {result.change_norm:.6g}, {result.relative_change:.3%} of the changed weights")
-    for name in largest:
+    for name in sorted(result.changes, key=lambda name: result.changes[name][0], reverse=True)[:3]:
         change, before = result.changes[name]
         print(f"  {name}: {change:.6g} of {before:.6g}")
     if result.costs:
@@ -68,6 +120,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"how much {len(result.unread)} quantized weights changed is not known: their method does not read them")
     if result.replaced:
         print(f"taken whole from the adapter: {', '.join(result.replaced)}")
-    if processor is None:
-        print("no tokenizer was found beside the adapter or the base, so none was saved")
-    return 0
