@@ -16,6 +16,7 @@ from turnrow.adapters.manifest import write_manifest
 from turnrow.adapters.merging import MergeResult, merge_adapter
 from turnrow.adapters.quantization import needed_package, quantization_config
 from turnrow.adapters.reading import read_adapter
+from turnrow.adapters.road_lora import RoadExport, export_road_lora
 from turnrow.adapters.sharded import save_adapter, whole_state_dict
 from turnrow.adapters.streaming import merge_files, store_originals, unmerge_files, why_not_stream
 
@@ -26,8 +27,10 @@ __all__ = [
     "Extraction",
     "MergeResult",
     "ModuleSummary",
+    "RoadExport",
     "compose",
     "export_lora",
+    "export_road_lora",
     "extract_adapter",
     "inspect_adapter",
     "interpolate",

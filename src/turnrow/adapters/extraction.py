@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from turnrow.adapters.algebra.rocoft import tensors_of, unused
 from turnrow.adapters.fingerprint import WeightPrint, fingerprint, is_plain
 from turnrow.adapters.folder import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME
 from turnrow.adapters.manifest import store_manifest
@@ -101,7 +102,7 @@ def extract_adapter(
                 continue
             found = _nearest(change, mode, r, density)
             norms[name] = torch.linalg.vector_norm(change).item(), residual(change, found)
-            own = _own_tensors(found)
+            own = tensors_of(found)
             tensors |= {f"{KEY_PREFIX}{name}.{key}": tensor for key, tensor in own.items()}
             indices[name] = _indices(own, mode)
             taken.add(f"{name}.weight")
@@ -217,18 +218,8 @@ def _nearest(change: Tensor, mode: str, r: int | None, density: float | None) ->
 def _filled(found: Change, change: Tensor, n: int) -> Change:
     """As many entries as the density says: further ones that change by zero."""
     held = torch.zeros(0, dtype=torch.int64) if found.entry is None else found.entry[1]
-    candidates = torch.arange(n)
-    index = torch.cat((held, candidates[~torch.isin(candidates, held)][: n - len(held)])).sort().values
+    index = torch.cat((held, unused(held, n))).sort().values
     return Change(entry=(change.flatten()[index], index))
-
-
-def _own_tensors(found: Change) -> dict[str, Tensor]:
-    own = {}
-    for part in ("row", "column", "entry"):
-        held = getattr(found, part)
-        if held is not None:
-            own[f"rocoft_{part}"], own[f"rocoft_{part}_index"] = held
-    return own
 
 
 def _indices(own: dict[str, Tensor], mode: str) -> Any:

@@ -29,7 +29,7 @@ from turnrow.adapters.writing import new_folder
 from turnrow.errors import UserError
 from turnrow.ops import columns, rows
 
-__all__ = ["export_lora"]
+__all__ = ["check_saved_modules", "export_lora", "lora_config"]
 
 _ALLOWED_SAVED = ("classifier", "score")
 
@@ -68,7 +68,7 @@ def export_lora(
         tensors[f"{KEY_PREFIX}{lora.place}.lora_A.weight"] = lora.a
         tensors[f"{KEY_PREFIX}{lora.place}.lora_B.weight"] = lora.b
     ranks = {module: len(a) for module, (a, _) in factors.items()}
-    config = _lora_config(adapter, ranks, {name: lora.rank for name, lora in experts.items()})
+    config = lora_config(adapter, ranks, {name: lora.rank for name, lora in experts.items()})
     with new_folder(out) as folder:
         config.save_pretrained(str(folder))
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -81,7 +81,8 @@ def _check_exportable(adapter: AdapterFile) -> None:
     if adapter.method == "ROAD":
         raise UserError(
             f"{adapter.path} is a RoAd adapter: turning the outputs changes W by (R - I) W, which has full rank, so no LoRA "
-            "holds it exactly. Merge it into the base instead (`turnrow merge`)"
+            "holds it exactly. Merge it into the base instead (`turnrow merge`), or export the nearest of a rank (`--rank`, "
+            "export_road_lora)"
         )
     if adapter.method != "ROCOFT":
         raise UserError(f"{adapter.path} is a {adapter.method} adapter: only ROCOFT adapters have an exact LoRA form")
@@ -96,6 +97,11 @@ def _check_exportable(adapter: AdapterFile) -> None:
             f"{adapter.path} has trained biases (the first in {biased!r}), and LoRA servers refuse an adapter with biases: train "
             "with bias='none', or merge it into the base (`turnrow merge`)"
         )
+    check_saved_modules(adapter)
+
+
+def check_saved_modules(adapter: AdapterFile) -> None:
+    """Refuse an adapter with modules trained whole that LoRA servers do not take."""
     other = [name for name in adapter.saved_modules if not set(_ALLOWED_SAVED) & set(name.split("."))]
     if other:
         raise UserError(
@@ -124,7 +130,8 @@ def _shape(adapter: AdapterFile, module: str, base: torch.nn.Module | None) -> t
     return shape
 
 
-def _lora_config(adapter: AdapterFile, ranks: dict[str, int], ranks_of_experts: dict[str, int]) -> LoraConfig:
+def lora_config(adapter: AdapterFile, ranks: dict[str, int], ranks_of_experts: dict[str, int]) -> LoraConfig:
+    """The configuration of a LoRA with these ranks by module, and by fused weight; its scaling is 1."""
     r = max([*ranks.values(), *ranks_of_experts.values()])
     lower = {name: rank for name, rank in (ranks | ranks_of_experts).items() if rank != r}
     saved = sorted({part for name in adapter.saved_modules for part in name.split(".") if part in _ALLOWED_SAVED})

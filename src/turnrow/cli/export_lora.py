@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from turnrow.adapters import AdapterFile
 
 __all__ = ["HELP", "NAME", "add_arguments", "run"]
 
 NAME = "export-lora"
-HELP = "Write a RoCoFT adapter as a LoRA adapter, exactly."
+HELP = "Write a RoCoFT adapter as a LoRA adapter, exactly; or the LoRA nearest to a RoAd adapter."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base",
         metavar="MODEL",
-        help="folder or Hub id of the base; only names and sizes are read, and only for fused experts or if there is no turnrow.json",
+        help="folder or Hub id of the base; of RoCoFT only names and sizes are read, and only for fused experts or if there is no "
+        "turnrow.json; RoAd needs its weights (default: the one named in the adapter)",
+    )
+    parser.add_argument("--rank", type=int, help="of the LoRA, for a RoAd adapter, which none holds exactly")
+    parser.add_argument(
+        "--no-check-base", action="store_true", help="RoAd: export even if the base is not the one it was trained on"
     )
 
 
@@ -27,9 +36,39 @@ def run(args: argparse.Namespace) -> int:
     from turnrow.training.base import resolve_model
 
     adapter = read_adapter(args.adapter)
+    if args.rank is not None:
+        return _export_road(args, adapter)
     needs_base = not adapter.base_prints or adapter.fused_weights
     base = None if args.base is None or not needs_base else skeleton(adapter, resolve_model(args.base))
     out = export_lora(args.adapter, args.out, base=base)
     written = read_adapter(out)
     print(f"wrote {out}: LoRA of rank {written.config['r']} for {len(written.modules)} modules, scaling 1")
+    return 0
+
+
+def _export_road(args: argparse.Namespace, adapter: AdapterFile) -> int:
+    from turnrow.adapters import export_road_lora, load_base
+    from turnrow.errors import UserError
+    from turnrow.training.base import resolve_model
+    from turnrow.training.quiet import without_load_report
+
+    if adapter.method != "ROAD":
+        raise UserError(
+            f"--rank is {args.rank}, but {args.adapter} is a {adapter.method} adapter: only RoAd has to be approximated"
+        )
+    location = args.base or adapter.base_name
+    if not location:
+        raise UserError(f"{args.adapter} does not name its base model: give --base MODEL")
+    with without_load_report():
+        base = load_base(adapter, resolve_model(location))
+    export = export_road_lora(args.adapter, args.out, base=base, rank=args.rank, check=not args.no_check_base)
+    print(f"wrote {export.path}: LoRA of rank {export.rank} for {len(export.errors)} modules, scaling 1")
+    print(f"it leaves out {export.relative_error:.1%} of the change (by Frobenius norm); most in")
+    for name in sorted(export.errors, key=lambda name: export.errors[name][0], reverse=True)[:3]:
+        rest, change = export.errors[name]
+        print(f"  {name}: {rest:.4g} of {change:.4g}")
+    if export.biases:
+        print(
+            f"and the turns of {len(export.biases)} biases, which no LoRA holds (norms up to {max(export.biases.values()):.4g})"
+        )
     return 0

@@ -17,7 +17,7 @@ from turnrow.errors import UserError
 from turnrow.ops import columns, entries
 from turnrow.ops.union import Change, Overlap, align, overlap
 
-__all__ = ["Combined", "combine_rocoft"]
+__all__ = ["Combined", "combine_rocoft", "tensors_of", "unused"]
 
 _PARTS = ("row", "column", "entry")
 
@@ -52,7 +52,7 @@ def combine_rocoft(adapters: Sequence[AdapterFile], combination: Combination) ->
             combined = _combine_experts(name, held, in_features, mode, combination, overlaps)
         else:
             changes = [_thinned(tensors, in_features, mode, combination) for tensors in held]
-            combined = _tensors(_combine(name, changes, combination))
+            combined = tensors_of(_combine(name, changes, combination))
             overlaps[name] = overlap(changes)
         if any(BIAS in tensors for tensors in held):
             combined[BIAS] = _combine_biases(held, combination)
@@ -72,15 +72,12 @@ def _mode(modes: Sequence[str]) -> str:
 
 def _thinned(tensors: Mapping[str, Tensor], in_features: int | None, mode: str, combination: Combination) -> Change:
     """The change that an adapter's tensors are, thinned out; entry by entry where the result will be."""
+    # Before rows become entries, so that what is thinned out does not depend on the other adapters.
     parts = {
-        part: (tensors[f"rocoft_{part}"].double(), tensors[f"rocoft_{part}_index"].long())
+        part: (combination.thin(tensors[f"rocoft_{part}"].double()), tensors[f"rocoft_{part}_index"].long())
         for part in _PARTS
         if f"rocoft_{part}" in tensors
     }
-    if "entry" not in parts:  # before rows become entries, so that what is thinned out does not depend on the others
-        parts = {part: (combination.thin(delta), index) for part, (delta, index) in parts.items()}
-    else:
-        parts = {"entry": (combination.thin(parts["entry"][0]), parts["entry"][1])}
     change = Change(**parts, in_features=in_features)
     if mode != "entry" or "entry" in parts or not parts:
         return change
@@ -104,7 +101,8 @@ def _combine(name: str, changes: Sequence[Change], combination: Combination) -> 
     )
 
 
-def _tensors(change: Change) -> dict[str, Tensor]:
+def tensors_of(change: Change) -> dict[str, Tensor]:
+    """A change under the names of an adapter file."""
     found = {}
     for part in _PARTS:
         held = getattr(change, part)
@@ -143,14 +141,14 @@ def _combine_experts(
         if any(one is not None for one in held_parts):
             most = max(len(one[1]) for one in held_parts)
             filled = [_fill(change, part, most) for change in filled]
-    stacked = [_tensors(change) for change in filled]
+    stacked = [tensors_of(change) for change in filled]
     return {key: torch.stack([tensors[key] for tensors in stacked]) for key in stacked[0]}
 
 
 def _fill(change: Change, part: str, most: int) -> Change:
     """The change with `most` rows, columns or entries: further ones, the first that it lacks, change by zero."""
     delta, index = getattr(change, part)
-    new = _unused(index, most)
+    new = unused(index, most)
     if not len(new):
         return change
     parts = {p: getattr(change, p) for p in _PARTS if getattr(change, p) is not None}
@@ -169,7 +167,7 @@ def _fill(change: Change, part: str, most: int) -> Change:
     return Change(**parts)
 
 
-def _unused(index: Tensor, most: int) -> Tensor:
+def unused(index: Tensor, most: int) -> Tensor:
     """The first numbers that `index` lacks, as many as make it `most` long."""
     candidates = torch.arange(most)
     return candidates[~torch.isin(candidates, index)][: most - len(index)]
