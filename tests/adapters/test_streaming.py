@@ -165,6 +165,10 @@ def test_why_a_base_cannot_be_streamed(case, make_bert, train_a_little, save, tm
     assert "has no safetensors files" in why_not_stream(read_adapter(adapter), adapter)
     lora = save(train_a_little(make_bert(), LoraConfig(task_type="SEQ_CLS")), tmp_path / "lora", manifest=False)
     assert "LORA" in why_not_stream(read_adapter(lora), base)
+    manifest = json.loads((adapter / "turnrow.json").read_text())
+    manifest["base"]["quantization"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (adapter / "turnrow.json").write_text(json.dumps(manifest))
+    assert "is quantized while it is loaded" in why_not_stream(read_adapter(adapter), base)
     with pytest.raises(UserError, match="cannot be merged file by file: "):
         merge_files(adapter, "some/hub-id", tmp_path / "out")
 

@@ -189,6 +189,8 @@ def unmerge_files(
 def _plan(adapter: AdapterFile, base: str | os.PathLike[str]) -> _Plan | str:
     if adapter.method not in ("ROCOFT", "ROAD"):
         return f"{adapter.method} adapters are merged in a model"
+    if adapter.manifest is not None and adapter.manifest["base"].get("quantization") is not None:
+        return "the adapter belongs to a base that is quantized while it is loaded"
     folder = Path(base)
     if not folder.is_dir():
         return f"{str(base)!r} is no folder"
