@@ -347,6 +347,7 @@ def with_heads(make_bert, train_a_little, save, tmp_path):
                     if "classifier" in key:
                         parameter.add_(1)
         folders.append(save(model, tmp_path / name))
+        (tmp_path / name / "task.json").write_text(name)
     return folders
 
 
@@ -366,6 +367,8 @@ def test_classifiers_that_differ_have_to_be_chosen_from(with_heads, tmp_path):
         "equal": compose([first, first], tmp_path / "g"),
     }
     heads = {name: tensors_of(composition.path).get(key) for name, composition in of.items()}
+    assert (of["second"].path / "task.json").read_text() == "second"  # whose head it is, his are the labels
+    assert (of["mean"].path / "task.json").read_text() == "first"
     mine, others = (tensors_of(folder)[key] for folder in with_heads)
     assert torch.equal(heads["first"], mine)
     assert torch.equal(heads["second"], others)

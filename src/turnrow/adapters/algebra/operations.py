@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,7 +258,29 @@ def _write(
         (folder / CONFIG_NAME).write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file({key: t.contiguous() for key, t in tensors.items()}, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         store_manifest(folder, base, _prints(adapters, modules), {**record, "sources": [_source(a) for a in adapters]})
+        _copy_rest(_owner(adapters, saved).path, folder)
         read_adapter(folder)  # what is handed over can be read
+
+
+def _owner(adapters: Sequence[AdapterFile], saved: Saved) -> AdapterFile:
+    """The adapter whose modules trained whole the result has, else the first: its task and tokenizer are the result's too."""
+    for adapter in adapters:
+        own = adapter.saved_modules
+        if (
+            saved[0]
+            and own.keys() == saved[0].keys()
+            and all(torch.equal(own[name], t) for name, t in saved[0].items())
+        ):
+            return adapter
+    return adapters[0]
+
+
+def _copy_rest(source: Path, folder: Path) -> None:
+    """The small files beside an adapter, such as its task and tokenizer; no weights, and no description of the adapter alone."""
+    for entry in sorted(source.iterdir()):
+        alone = entry.name.endswith((".safetensors", ".bin", ".md")) or entry.name.startswith(".")
+        if entry.is_file() and not alone and not (folder / entry.name).exists():
+            shutil.copyfile(entry, folder / entry.name)
 
 
 def _head(adapters: Sequence[AdapterFile], saved: Saved) -> dict[str, Any]:
