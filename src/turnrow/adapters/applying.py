@@ -30,6 +30,8 @@ def apply(weight: Tensor, bias: Tensor | None, tensors: Mapping[str, Tensor], co
         tensors: of a RoCoFT or RoAd adapter for this module, by parameter name.
         config: ``adapter_config.json``.
     """
+    wide = torch.promote_types(weight.dtype, torch.float32)  # as the parameters of an adapter in a model are
+    tensors = {name: tensor.to(wide) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     if "road_theta" in tensors:
         blocks = pairs.coefficients(
             config["variant"], config["group_size"], tensors["road_theta"], tensors["road_alpha"]

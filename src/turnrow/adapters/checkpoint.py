@@ -64,6 +64,10 @@ class Header:
     start: int
     """Where the data begins, in bytes."""
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one tensor, of a kind that torch has."""
+        return _DTYPES[self.tensors[name]["dtype"]]
+
     @property
     def data_bytes(self) -> int:
         """Length of the data."""
@@ -116,7 +120,7 @@ def read_tensor(header: Header, name: str) -> Tensor:
         file.seek(header.start + begin)
         if file.readinto(buffer) != len(buffer):
             raise UserError(f"{header.path} is truncated: {name!r} is not whole")
-    dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+    dtype, shape = header.dtype(name), entry["shape"]
     return torch.frombuffer(buffer, dtype=dtype).view(shape) if buffer else torch.empty(shape, dtype=dtype)
 
 

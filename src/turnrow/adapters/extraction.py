@@ -6,7 +6,6 @@ norm, with what is left out said module by module.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -14,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from turnrow.adapters.algebra.rocoft import tensors_of, unused
+from turnrow.adapters.derived import write_derived_adapter
 from turnrow.adapters.fingerprint import WeightPrint, fingerprint, is_plain
-from turnrow.adapters.folder import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME
-from turnrow.adapters.manifest import store_manifest
-from turnrow.adapters.reading import read_adapter
+from turnrow.adapters.folder import KEY_PREFIX
 from turnrow.adapters.rocoft_checks import BIAS, MODES
-from turnrow.adapters.writing import check_new_folder, new_folder
+from turnrow.adapters.writing import check_new_folder
 from turnrow.errors import UserError, near_matches
 from turnrow.ops import entries
 from turnrow.ops.subset import best_columns, best_entries, best_rows, best_rows_and_columns, residual
@@ -138,11 +135,7 @@ def extract_adapter(
     if saved:
         described["head"] = {"id2label": tuned.config.id2label, "problem_type": tuned.config.problem_type}
     provenance = {"operation": "extract", "tuned": getattr(tuned, "name_or_path", None), "mode": mode, "r": r}
-    with new_folder(out) as folder:
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file({key: t.contiguous() for key, t in tensors.items()}, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        store_manifest(folder, described, prints, provenance)
-        read_adapter(folder)  # what is handed over can be read
+    write_derived_adapter(out, config, tensors, base=described, prints=prints, provenance=provenance)
     return Extraction(Path(out), norms, left_out, sorted(saved))
 
 

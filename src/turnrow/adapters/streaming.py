@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ from turnrow.adapters.checks import base_difference, check_against_model, check_
 from turnrow.adapters.fingerprint import fingerprint_of_values, named_weights
 from turnrow.adapters.merging import MergeResult
 from turnrow.adapters.reading import read_adapter
-from turnrow.adapters.writing import check_new_folder, new_folder
+from turnrow.adapters.writing import check_new_folder, copy_beside, new_folder
 from turnrow.errors import UserError
 from turnrow.ops.experts import FusedWeight
 
@@ -107,9 +106,7 @@ def merge_files(
         if check_base:
             _compare(adapter, module, weight, plan.transposed[module])
         before = weight.clone(), None if bias is None else bias.clone()
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        own = {key: t.to(wide) if t.is_floating_point() else t for key, t in tensors.items()}
-        apply(weight, bias, own, adapter.config)
+        apply(weight, bias, tensors, adapter.config)
         changes[module] = _change(module, before, (weight, bias))
 
     with new_folder(out) as folder:
@@ -171,8 +168,7 @@ def unmerge_files(
         before = weight.clone()
         put_original_values(weight, tensors, own)
         again = weight.clone()
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        apply(again, None, {k: t.to(wide) if t.is_floating_point() else t for k, t in tensors.items()}, adapter.config)
+        apply(again, None, tensors, adapter.config)
         if not torch.equal(again, before):
             raise UserError(
                 f"the model in {merged} does not hold this adapter: {module!r} is not what merging it gives. Nothing was written"
@@ -283,8 +279,7 @@ def _saved(adapter: AdapterFile, plan: _Plan) -> dict[str, Tensor]:
 
 def _dtype(plan: _Plan, name: str) -> torch.dtype:
     """Of a tensor in the files."""
-    entry = plan.checkpoint.headers[plan.checkpoint.files[name]].tensors[name]
-    return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[entry["dtype"]]
+    return plan.checkpoint.headers[plan.checkpoint.files[name]].dtype(name)
 
 
 def _fits(plan: _Plan, name: str, tensor: Tensor) -> bool:
@@ -343,7 +338,4 @@ def _copy_rest(base: Path, folder: Path, processor: Any | None) -> None:
     """The files beside the weights: generation settings, and the tokenizer where none is given."""
     if processor is not None:
         processor.save_pretrained(folder)
-    for entry in sorted(base.iterdir()):
-        wanted = entry.is_file() and not entry.name.startswith(".") and not entry.name.endswith(_NOT_COPIED)
-        if wanted and not (folder / entry.name).exists():
-            shutil.copyfile(entry, folder / entry.name)
+    copy_beside(base, folder, but=_NOT_COPIED)

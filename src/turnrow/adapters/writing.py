@@ -11,7 +11,7 @@ from pathlib import Path
 
 from turnrow.errors import UserError
 
-__all__ = ["check_new_folder", "new_folder", "replace_text"]
+__all__ = ["check_new_folder", "copy_beside", "new_folder", "replace_text"]
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -64,6 +64,14 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def copy_beside(source: Path, folder: Path, *, but: tuple[str, ...]) -> None:
+    """Copy the files in the folder `source` that `folder` lacks, but hidden ones and those with an ending in `but`."""
+    for entry in sorted(source.iterdir()):
+        wanted = entry.is_file() and not entry.name.startswith(".") and not entry.name.endswith(but)
+        if wanted and not (folder / entry.name).exists():
+            shutil.copyfile(entry, folder / entry.name)
 
 
 def _default_mode(path: str | os.PathLike[str], mode: int) -> None:

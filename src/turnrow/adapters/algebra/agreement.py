@@ -10,7 +10,7 @@ from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.adapters.checks import check_finite
 from turnrow.errors import UserError
 
-__all__ = ["check_agreement", "mean_of_saved_modules", "saved_modules_of"]
+__all__ = ["check_agreement", "mean_of_saved_modules", "same_tensors", "saved_modules_of"]
 
 
 def check_agreement(adapters: Sequence[AdapterFile], *, check_base: bool) -> None:
@@ -62,7 +62,7 @@ def saved_modules_of(
         return {}, None
     if choice is None or choice is True:
         first = having[0]
-        differing = next((a for a in having[1:] if not _equal(first.saved_modules, a.saved_modules)), None)
+        differing = next((a for a in having[1:] if not same_tensors(first.saved_modules, a.saved_modules)), None)
         if differing is not None:
             name = next(iter(first.saved_modules))
             raise UserError(
@@ -103,5 +103,6 @@ def _check_base(first: AdapterFile, other: AdapterFile) -> None:
         )
 
 
-def _equal(mine: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+def same_tensors(mine: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    """Whether both hold the same names with the same values."""
     return mine.keys() == others.keys() and all(torch.equal(mine[name], others[name]) for name in mine)

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from turnrow.adapters.adapter_file import AdapterFile
-from turnrow.adapters.algebra.agreement import check_agreement, mean_of_saved_modules, saved_modules_of
+from turnrow.adapters.algebra.agreement import check_agreement, mean_of_saved_modules, same_tensors, saved_modules_of
 from turnrow.adapters.algebra.combination import Combination, check_combination, is_number
 from turnrow.adapters.algebra.road import Rotation, divide, interpolate_angles, multiply, rotations
 from turnrow.adapters.algebra.rocoft import combine_rocoft
+from turnrow.adapters.derived import write_derived_adapter
 from turnrow.adapters.fingerprint import WeightPrint
-from turnrow.adapters.folder import CONFIG_NAME, KEY_PREFIX, WEIGHTS_NAME
-from turnrow.adapters.manifest import store_manifest
+from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
 from turnrow.adapters.reading import read_adapter
-from turnrow.adapters.writing import check_new_folder, new_folder
+from turnrow.adapters.writing import check_new_folder
 from turnrow.errors import UserError
 from turnrow.ops.union import Overlap
 
@@ -254,44 +252,30 @@ def _write(
     known = next((a for a in adapters if a.manifest is not None), adapters[0])
     base = {k: v for k, v in (known.manifest or {}).get("base", {}).items() if k not in ("modules", "head")}
     base |= _head(adapters, saved)
-    with new_folder(out) as folder:
-        (folder / CONFIG_NAME).write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file({key: t.contiguous() for key, t in tensors.items()}, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        store_manifest(folder, base, _prints(adapters, modules), {**record, "sources": [_source(a) for a in adapters]})
-        _copy_rest(_owner(adapters, saved).path, folder)
-        read_adapter(folder)  # what is handed over can be read
+    write_derived_adapter(
+        out,
+        whole,
+        tensors,
+        base=base,
+        prints=_prints(adapters, modules),
+        provenance={**record, "sources": [_source(adapter) for adapter in adapters]},
+        beside=_owner(adapters, saved).path,
+    )
 
 
 def _owner(adapters: Sequence[AdapterFile], saved: Saved) -> AdapterFile:
     """The adapter whose modules trained whole the result has, else the first: its task and tokenizer are the result's too."""
-    for adapter in adapters:
-        own = adapter.saved_modules
-        if (
-            saved[0]
-            and own.keys() == saved[0].keys()
-            and all(torch.equal(own[name], t) for name, t in saved[0].items())
-        ):
-            return adapter
-    return adapters[0]
-
-
-def _copy_rest(source: Path, folder: Path) -> None:
-    """The small files beside an adapter, such as its task and tokenizer; no weights, and no description of the adapter alone."""
-    for entry in sorted(source.iterdir()):
-        alone = entry.name.endswith((".safetensors", ".bin", ".md")) or entry.name.startswith(".")
-        if entry.is_file() and not alone and not (folder / entry.name).exists():
-            shutil.copyfile(entry, folder / entry.name)
+    return next((a for a in adapters if saved[0] and same_tensors(a.saved_modules, saved[0])), adapters[0])
 
 
 def _head(adapters: Sequence[AdapterFile], saved: Saved) -> dict[str, Any]:
     """The label names that belong to the classifier which the result has, if an adapter recorded them."""
+    agreed = len({json.dumps(_recorded_head(adapter)) for adapter in adapters}) == 1
     for adapter in adapters:
-        same = adapter.saved_modules.keys() == saved[0].keys()
-        head = (adapter.manifest or {}).get("base", {}).get("head")
-        if saved[0] and same and head is not None:
-            equal = all(torch.equal(adapter.saved_modules[name], tensor) for name, tensor in saved[0].items())
-            if equal or len({json.dumps(_recorded_head(a)) for a in adapters}) == 1:
-                return {"head": head}
+        head, own = _recorded_head(adapter), adapter.saved_modules
+        fits = same_tensors(own, saved[0]) or (agreed and own.keys() == saved[0].keys())
+        if saved[0] and head is not None and fits:
+            return {"head": head}
     return {}
 
 

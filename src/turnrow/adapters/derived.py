@@ -1,0 +1,51 @@
+"""Write an adapter that was not trained but made: of other adapters, or of two models."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from turnrow.adapters.fingerprint import WeightPrint
+from turnrow.adapters.folder import CONFIG_NAME, WEIGHTS_NAME
+from turnrow.adapters.manifest import store_manifest
+from turnrow.adapters.reading import read_adapter
+from turnrow.adapters.writing import copy_beside, new_folder
+
+__all__ = ["write_derived_adapter"]
+
+
+def write_derived_adapter(
+    out: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    base: Mapping[str, Any],
+    prints: Mapping[str, WeightPrint],
+    provenance: Mapping[str, Any],
+    beside: Path | None = None,
+) -> None:
+    """Write the three files of an adapter into the new folder `out`, and read them again before it takes its name.
+
+    Args:
+        config: ``adapter_config.json``.
+        tensors: by their full keys.
+        base, prints, provenance: as `store_manifest` takes them.
+        beside: a folder whose other small files come along, such as the task and the tokenizer.
+
+    Raises:
+        UserError: `out` is not empty; what was made is no valid adapter.
+    """
+    with new_folder(out) as folder:
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file({key: t.contiguous() for key, t in tensors.items()}, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        store_manifest(folder, base, prints, provenance)
+        if beside is not None:
+            # no weights, and no description of the one adapter alone
+            copy_beside(beside, folder, but=(".safetensors", ".bin", ".md"))
+        read_adapter(folder)
