@@ -1,5 +1,6 @@
 """What the ablations compare: the RoCoFT paper's table 8 (rank, against LoRA), its figure 3 (strategies), its tables 11 and 12
-(single entries); and what neither paper shows: which modules, biases trained too, re-selection, and methods at equal size.
+(single entries); and what neither paper shows: methods at
+equal size, on every task; rows, columns or both; more rows than LoRA would take; which modules, biases trained too, re-selection.
 """
 
 from __future__ import annotations
@@ -50,10 +51,11 @@ ABLATIONS: tuple[Experiment, ...] = (
     Experiment("size", "rows r=3", _rows(3)),
     Experiment("size", "rows r=3, gradient", _rows(3, selection="gradient")),
     Experiment("size", "rows r=3, gradient, biases", _rows(3, selection="gradient", bias="rocoft_only")),
-    Experiment("size", "columns r=3, gradient", _rows(3, mode="column", selection="gradient")),
-    Experiment("size", "rows and columns r=1, gradient", _rows(1, mode="row+column", selection="gradient")),
-    Experiment("size", "LoRA r=8", _lora(8)),
-    Experiment("size", "rows r=16, gradient, biases", _rows(16, selection="gradient", bias="rocoft_only")),
+    Experiment("shape", "rows r=3, gradient", _rows(3, selection="gradient")),
+    Experiment("shape", "columns r=3, gradient", _rows(3, mode="column", selection="gradient")),
+    Experiment("shape", "rows and columns r=1, gradient", _rows(1, mode="row+column", selection="gradient")),
+    Experiment("larger", "LoRA r=8", _lora(8)),
+    Experiment("larger", "rows r=16, gradient, biases", _rows(16, selection="gradient", bias="rocoft_only")),
     *(Experiment("rank", f"rows r={r}", _rows(r)) for r in (1, 2, 4, 8, 64)),
     *(Experiment("rank", f"columns r={r}", _rows(r, mode="column")) for r in (1, 4, 64)),
     *(Experiment("rank", f"LoRA r={r}", _lora(r)) for r in (1, 2, 4, 8, 64)),
