@@ -1,6 +1,6 @@
 """What the ablations compare: the RoCoFT paper's table 8 (rank, against LoRA), its figure 3 (strategies), its tables 11 and 12
-(single entries); and what neither paper shows: methods at
-equal size, on every task; rows, columns or both; more rows than LoRA would take; which modules, biases trained too, re-selection.
+(single entries); and what neither paper shows: methods at equal size, on every task; rows, columns or both; more rows; which
+modules, biases trained too, re-selection.
 """
 
 from __future__ import annotations
