@@ -32,7 +32,7 @@ def base(tmp_path, tiny_tokenizer):
     """A BERT whose layers have whole groups of inputs."""
     folder = tmp_path / "wide"
     config = tiny_config(len(tiny_tokenizer))
-    config.hidden_size = config.intermediate_size = 32
+    config.hidden_size = config.intermediate_size = 64
     BertModel(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return str(folder)
@@ -101,7 +101,7 @@ def test_other_methods_train_on_it_too(method, base, films, make_recipe):
 def test_what_is_trained_whole_is_never_quantized(kind, tmp_path, tiny_tokenizer, task):
     needs_package(kind)
     # the head of RoBERTa is two layers, and the last parameter of the model is a bias
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     RobertaModel(RobertaConfig(vocab_size=len(tiny_tokenizer), **sizes)).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     loaded = load_base(str(tmp_path), task, quantization=kind)

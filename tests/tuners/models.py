@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from peft import PeftConfig, RoadConfig
+from peft import PeftConfig
 from torch import nn
 
-from turnrow import RocoftConfig
+from turnrow import RoadConfig, RocoftConfig
 
 VOCABULARY = 64
 
@@ -17,22 +17,22 @@ def _ids(batch: int = 2, length: int = 10) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def roberta() -> tuple[nn.Module, dict]:
+def roberta(hidden: int = 16, intermediate: int = 24) -> tuple[nn.Module, dict]:
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     config = RobertaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=2, num_attention_heads=2, intermediate_size=intermediate,
         max_position_embeddings=40, num_labels=3,
     )  # fmt: skip
     return RobertaForSequenceClassification(config), {"input_ids": _ids(), "labels": torch.tensor([0, 2])}
 
 
-def llama() -> tuple[nn.Module, dict]:
+def llama(hidden: int = 16, intermediate: int = 24) -> tuple[nn.Module, dict]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=24, max_position_embeddings=40,
+        vocab_size=VOCABULARY, hidden_size=hidden, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=intermediate, max_position_embeddings=40,
     )  # fmt: skip
     return LlamaForCausalLM(config), {"input_ids": _ids(), "labels": _ids()}
 
@@ -103,7 +103,7 @@ def llava() -> tuple[nn.Module, dict]:
     return LlavaForConditionalGeneration(config), {"input_ids": ids, "pixel_values": image, "labels": ids}
 
 
-ARCHITECTURES: dict[str, Callable[[], tuple[nn.Module, dict]]] = {
+ARCHITECTURES: dict[str, Callable[..., tuple[nn.Module, dict]]] = {
     f.__name__: f for f in (roberta, llama, gpt2, falcon, t5, bart, vit, llava)
 }
 
@@ -165,14 +165,14 @@ def jetmoe() -> tuple[nn.Module, dict]:
     return JetMoeForCausalLM(config), {"input_ids": _ids(), "labels": _ids()}
 
 
-MIXTURES: dict[str, Callable[[], tuple[nn.Module, dict]]] = {f.__name__: f for f in (mixtral, qwen2_moe, gpt_oss)}
-OTHER_MIXTURES: dict[str, Callable[[], tuple[nn.Module, dict]]] = {f.__name__: f for f in (llama4, jetmoe)}
+MIXTURES: dict[str, Callable[..., tuple[nn.Module, dict]]] = {f.__name__: f for f in (mixtral, qwen2_moe, gpt_oss)}
+OTHER_MIXTURES: dict[str, Callable[..., tuple[nn.Module, dict]]] = {f.__name__: f for f in (llama4, jetmoe)}
 
 
-def build(architecture: str, **to: torch.dtype) -> tuple[nn.Module, dict]:
-    """The same random weights at every call. `dtype` casts model and floating-point inputs."""
+def build(architecture: str, sizes: dict[str, int] | None = None, **to: torch.dtype) -> tuple[nn.Module, dict]:
+    """The same random weights at every call. `sizes` are those of the function; `dtype` casts model and floating-point inputs."""
     torch.manual_seed(0)
-    model, inputs = (ARCHITECTURES | MIXTURES | OTHER_MIXTURES)[architecture]()
+    model, inputs = (ARCHITECTURES | MIXTURES | OTHER_MIXTURES)[architecture](**(sizes or {}))
     with torch.no_grad():
         for parameter in model.parameters():  # biases start at zero in transformers: give them something to lose
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -199,6 +199,7 @@ ROAD: dict[str, Callable[..., PeftConfig]] = {
     "road_1": lambda **kw: RoadConfig(variant="road_1", group_size=4, **kw),
     "road_1-neighbours": lambda **kw: RoadConfig(variant="road_1", group_size=2, **kw),
     "road_2": lambda **kw: RoadConfig(variant="road_2", group_size=8, **kw),
+    "road_2-blocks": lambda **kw: RoadConfig(variant="road_2", group_size=4, blocks="1::2", **kw),
     "road_4": lambda **kw: RoadConfig(variant="road_4", group_size=4, **kw),
 }
 METHODS = ROCOFT | ROAD

@@ -11,10 +11,10 @@ from torch import nn
 
 import turnrow
 from tests.tuners.models import METHODS, ROCOFT, build, configure, identical, output, perturb
-from tests.tuners.quantized_models import BACKENDS, build_quantized, packed, quantized_layers
+from tests.tuners.quantized_models import BACKENDS, SIZES, build_quantized, packed, quantized_layers
 from turnrow import RocoftConfig, count_parameters
 from turnrow.errors import UserError
-from turnrow.tuners import _quantized
+from turnrow.tuners import _quantized, _quantized_model
 from turnrow.tuners.road import RoadLinear
 from turnrow.tuners.rocoft import RocoftLinear
 
@@ -34,7 +34,7 @@ every_kind = pytest.mark.parametrize(
 
 def config_for(method, **fields):
     """Of the six linear layers at the bottom: gradients come to them through layers that are quantized and nothing else."""
-    config = configure(method, build("roberta")[0], **fields)
+    config = configure(method, build("roberta", SIZES)[0], **fields)
     config.target_modules = {name for name in config.target_modules if "layer.0." in name}
     return config
 
@@ -100,7 +100,7 @@ def test_life_of_an_adapter(backend, method, tmp_path):
 
 def with_dense_weights(architecture, model):
     """The model with the weights that the quantized `model` computes with, in layers of torch."""
-    dense, _ = build(architecture)
+    dense, _ = build(architecture, SIZES)
     for name, module in quantized_layers(model).items():
         layer = RocoftLinear(module, "default", RocoftConfig(r=1), name)
         with torch.no_grad():
@@ -215,7 +215,7 @@ def test_counts_are_those_of_the_dense_model(backend, method):
     if backend == "hqq":
         pytest.skip("HQQ keeps biases as plain attributes, which nobody counts")
     model = get_peft_model(build_quantized("roberta", backend)[0], config_for(method))
-    assert count_parameters(model) == count_parameters(get_peft_model(build("roberta")[0], config_for(method)))
+    assert count_parameters(model) == count_parameters(get_peft_model(build("roberta", SIZES)[0], config_for(method)))
 
 
 @every_backend
@@ -426,3 +426,21 @@ def test_beside_lora_in_a_mixed_model(backend):
     perturb(model)
     train(model, inputs)
     assert identical(packed(model), before)
+
+
+def test_weights_that_bitsandbytes_reads_back_wrongly_are_named(monkeypatch):
+    functional = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
+    right = functional.dequantize_4bit
+    _quantized_model._is_misread.cache_clear()
+    monkeypatch.setattr(functional, "dequantize_4bit", lambda *args, **kw: right(*args, **kw).roll(1))
+    config = RocoftConfig(r=2, target_modules=["query"])
+    get_peft_model(build_quantized("roberta", "nf4")[0], config)  # whole blocks are not asked about
+    narrow, _ = build("roberta")
+    query = narrow.roberta.encoder.layer[0].attention.self
+    import bitsandbytes
+
+    query.query = bitsandbytes.nn.Linear4bit(16, 16, quant_type="nf4")
+    query.query.to("cpu")
+    with pytest.warns(UserWarning, match=r"rows of 16 values, as that of 'roberta.encoder.layer.0.*query'"):
+        get_peft_model(narrow, config)
+    _quantized_model._is_misread.cache_clear()

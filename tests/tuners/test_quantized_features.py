@@ -8,7 +8,7 @@ from peft import RoadConfig, get_peft_model
 
 from tests.tuners.mixed import BASE, alone, batch_of, mixed
 from tests.tuners.models import ROAD, ROCOFT, build, configure, identical, output, perturb
-from tests.tuners.quantized_models import BACKENDS, build_quantized, packed
+from tests.tuners.quantized_models import BACKENDS, SIZES, build_quantized, packed
 from turnrow.tuners.rocoft import RocoftConfig
 from turnrow.tuners.rocoft.reselection import reselect, unite
 
@@ -19,7 +19,7 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", [ROCOFT, ROAD], ids=["rocoft", "road"])
 def test_every_sample_of_a_batch_comes_out_as_alone(backend, family):
     base, _ = build_quantized("roberta", backend)
-    dense, _ = build("roberta")
+    dense, _ = build("roberta", SIZES)
     first, *others = family
     model = get_peft_model(base, configure(first, dense), adapter_name=first)
     for method in others:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import RoadConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -287,3 +288,29 @@ def test_saved_for_backward_columns_least_then_rows_and_road():
     # RoAd keeps outputs alone, and those of gate and up are kept by the MLP anyway: q, k, v, o and down remain.
     outputs = 2 * 5 * (2 * 128) * 64 * 4
     assert measure(RoadConfig(group_size=8, target_modules="all-linear")) <= frozen + outputs
+
+
+def _modes(model):
+    containers = (nn.ParameterDict, BufferDict)
+    return {module.training for module in model.modules() if not isinstance(module, containers)}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("method", ["row-bias", "column-all-biases", "road_1"])
+def test_a_model_keeps_its_mode(method, training):
+    base, _ = build("roberta")
+    assert _modes(get_peft_model(base.train(training), configure(method, base)).base_model.model) == {training}
+
+
+@pytest.mark.parametrize(("first", "second"), [("road_1", "row"), ("row", "road_1")])
+def test_methods_around_each_other_leave_a_model_in_evaluation(first, second):
+    base, _ = build("roberta")
+    configs = [configure(method, base) for method in (first, second)]
+    model = get_peft_model(base, configs[0], mixed=True)
+    model.add_adapter("other", configs[1])
+    assert _modes(model.base_model.model) == {False}
+
+
+def test_experts_in_evaluation_stay_so():
+    base, _ = build("mixtral")
+    assert _modes(get_peft_model(base, RocoftConfig(r=2)).base_model.model) == {False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class QuantizedModelMixin(BaseTuner):
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """As in peft; 4-bit weights stay in the form in which gradients go through them."""
         keep_nf4_unpacked(model)
+        _warn_of_misread_weights(model)
         super().inject_adapter(model, *args, **kwargs)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -107,6 +109,36 @@ def dequantize(model: nn.Module) -> None:
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
+
+
+_WRONG = 0.13
+"""Relative error of normal values read back from 4 bits, above which they were not read back. Right is 0.09 to 0.1."""
+
+
+def _warn_of_misread_weights(model: nn.Module) -> None:
+    """bitsandbytes 0.50 on CPUs with AVX-512 reads 4-bit rows back wrongly that are not whole blocks long."""
+    for name, module in model.named_modules():
+        state: Any = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is None or module.weight.device.type != "cpu" or not hasattr(state, "blocksize"):
+            continue
+        in_features = state.shape[-1]
+        if in_features % state.blocksize and _is_misread(in_features, state.blocksize, state.quant_type):
+            warnings.warn(
+                f"bitsandbytes reads 4-bit weights with rows of {in_features} values, as that of {name!r}, back wrongly on this CPU: "
+                f"the base itself computes something else than its weights say. Rows of a multiple of {state.blocksize} are right, "
+                "as are GPUs and other quantizations",
+                stacklevel=2,
+            )
+            return
+
+
+@cache
+def _is_misread(in_features: int, blocksize: int, quant_type: str) -> bool:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    values = torch.randn(32, in_features, generator=torch.Generator().manual_seed(0))
+    read = dequantize_4bit(*quantize_4bit(values, blocksize=blocksize, quant_type=quant_type))
+    return bool(torch.dist(read, values) > _WRONG * values.norm())
 
 
 def keep_nf4_unpacked(model: nn.Module) -> None:

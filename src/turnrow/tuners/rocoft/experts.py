@@ -116,6 +116,7 @@ class RocoftExperts(AttributesOfBase, BaseTunerLayer, nn.Module):
             layer.update_layer(adapter_name, config, name)
             return layer
         layer = RocoftExpertWeight(weight, adapter_name, config, name)
+        layer.training = self.base_layer.training
         setattr(self, weight.name, layer)  # add_module() refuses a name that is also found on the module beside
         return layer
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from turnrow.errors import UserError, near_matches
 from turnrow.ops.experts import fused_weights
-from turnrow.tuners._dense import features
+from turnrow.tuners._dense import bare, features
 from turnrow.tuners._experts import resolve_experts
 from turnrow.tuners._mixed_batch import MixedBatchModel
 from turnrow.tuners._quantized import is_linear, requantizer
@@ -217,7 +217,7 @@ def _insert(
 ) -> None:
     if adapter_name not in tuner.active_adapters:
         layer.requires_grad_(False)  # an additional adapter is not trained until it is activated
-    layer.train(target.training)
+    layer.training = bare(target).training  # its own alone: what it lies around is as it was
     tuner._replace_module(parent, target_name, layer, target)
 
 
