@@ -14,10 +14,10 @@ import warnings
 
 import pytest
 import torch
-from peft import RoadConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 
-from turnrow import RocoftConfig
+from turnrow import RoadConfig, RocoftConfig
 from turnrow.adapters import inspect_adapter, load_adapter, write_manifest
 from turnrow.errors import AdapterError
 
@@ -58,6 +58,10 @@ KINDS = {
     "saved": RocoftConfig(r=1, target_modules=["first"], modules_to_save=["second"], init_weights=False),
     "road": RoadConfig(variant="road_1", group_size=4, target_modules=TARGETS, init_weights=False),
     "road_4": RoadConfig(variant="road_4", group_size=2, target_modules=TARGETS, init_weights=False),
+    "blocks": RoadConfig(
+        variant="road_2", group_size=2, blocks={"first": "1::2", "second": [0, 1]}, train=["angle"], target_modules=TARGETS,
+        init_weights=False,
+    ),
 }  # fmt: skip
 
 

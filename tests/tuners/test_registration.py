@@ -34,14 +34,14 @@ def _tables(which: str) -> dict:
     return json.loads(out.stdout.splitlines()[-1])
 
 
-def test_only_rocoft_and_the_model_of_road_change_in_peft():
+def test_only_rocoft_and_road_change_in_peft():
     without, with_turnrow = _tables("without"), _tables("with")
     assert with_turnrow["members"] == [*without["members"], "ROCOFT"]
     for name, before in without["tables"].items():
         after = with_turnrow["tables"][name]
         changed = {k for k in before.keys() | after.keys() if before.get(k) != after.get(k)}
         expected = {
-            "CONFIG": {"ROCOFT"},
+            "CONFIG": {"ROCOFT", "ROAD"},
             "PREFIX": {"ROCOFT"},
             "TUNER": {"ROCOFT", "ROAD"},
             "MIXED_MODEL": {"ROCOFT", "ROAD"},
@@ -61,11 +61,17 @@ def test_registering_again_does_no_harm():
     register()
     assert PEFT_TYPE_TO_TUNER_MAPPING["ROCOFT"] is RocoftModel
     assert PEFT_TYPE_TO_TUNER_MAPPING["ROAD"] is RoadModel
-    assert PEFT_TYPE_TO_CONFIG_MAPPING["ROAD"] is peft.RoadConfig is turnrow.RoadConfig
+    assert PEFT_TYPE_TO_CONFIG_MAPPING["ROAD"] is turnrow.RoadConfig
+    assert issubclass(turnrow.RoadConfig, peft.RoadConfig)  # whose own objects are taken too
 
 
 @pytest.mark.parametrize(
-    "config", [turnrow.RocoftConfig(indices={"a": [1]}, target_modules=["a"]), turnrow.RoadConfig()]
+    "config",
+    [
+        turnrow.RocoftConfig(indices={"a": [1]}, target_modules=["a"]),
+        turnrow.RoadConfig(),
+        turnrow.RoadConfig(blocks=":50%", train="angle"),
+    ],
 )
 def test_config_files_come_back_as_what_they_were(config, tmp_path):
     config.save_pretrained(tmp_path)

@@ -18,8 +18,24 @@ from turnrow.tuners.road.layer import RoadLinear
 from turnrow.tuners.rocoft.layer import RocoftLayer
 
 # Three rows do not divide among two processes; GPT-2 stores its weights the other way round and has biases.
-CASES = ["row:llama", "row+column:llama", "entry:llama", "road_1:llama", "row-bias:gpt2", "column:gpt2", "road_4:gpt2"]
-SLOW = ["row:gpt2", "column-all-biases:gpt2", "row-indices:llama", "road_1:gpt2", "road_2:llama", "row:roberta"]
+CASES = [
+    "row:llama",
+    "row+column:llama",
+    "entry:llama",
+    "road_2-blocks:llama",
+    "row-bias:gpt2",
+    "column:gpt2",
+    "road_4:gpt2",
+]
+SLOW = [
+    "road_1:llama",
+    "row:gpt2",
+    "column-all-biases:gpt2",
+    "row-indices:llama",
+    "road_1:gpt2",
+    "road_2:llama",
+    "row:roberta",
+]
 
 Found = list[dict[str, Any]]
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.adapters.fingerprint import fingerprint, named_weights, weight_shape
 from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
+from turnrow.adapters.road_blocks import own_places
 from turnrow.adapters.rocoft_checks import BIAS, check_rocoft, describe
-from turnrow.errors import AdapterError, near_matches
+from turnrow.errors import AdapterError, UserError, near_matches
 
 __all__ = ["base_difference", "check_against_config", "check_against_model", "check_base", "check_finite"]
 
@@ -156,6 +157,28 @@ def _check_road(
         raise AdapterError(
             f"{where}: {variant} with {sizes['road_theta']} means {out:g} output features, the weight has {shape[0]}"
         )
+    if config.get("blocks") is not None:
+        _check_blocks(where, module, tensors, config, int(out))
+
+
+def _check_blocks(
+    where: str, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], out_features: int
+) -> None:
+    """A pair that the configuration does not name must not be turned: who trains the adapter on would lose what it does."""
+    try:
+        places = own_places(config, module, out_features)
+    except UserError as error:
+        raise AdapterError(f"{where}: {error}") from error
+    if places is None:
+        return
+    for name, rest in (("road_theta", 0), ("road_alpha", 1)):
+        outside = tensors[name].index_fill(0, places, rest)
+        if not torch.equal(outside, torch.full_like(outside, rest)):
+            wrong = int((outside != rest).nonzero()[0])
+            raise AdapterError(
+                f"{where}: {name}[{wrong}] is {outside[wrong].item():g}, of a pair outside of the configuration's blocks "
+                f"({config['blocks']!r}), where it must be {rest}"
+            )
 
 
 def _check_saved_modules(adapter: AdapterFile, model: torch.nn.Module) -> None:

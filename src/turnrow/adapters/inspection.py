@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 
+from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.adapters.folder import WEIGHTS_NAME
 from turnrow.adapters.reading import read_adapter
+from turnrow.adapters.road_blocks import own_places
+from turnrow.ops import pairs
 
 __all__ = ["AdapterSummary", "ModuleSummary", "inspect_adapter"]
 
@@ -94,7 +97,8 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterSummary:
     adapter = read_adapter(path)
     shapes = {name: list(print_.shape) for name, print_ in adapter.base_prints.items()}
     modules = [
-        _summary(name, tensors, shapes.get(name)) for name, tensors in sorted(adapter.modules.items(), key=_natural)
+        _summary(name, tensors, shapes.get(name), _untrained(adapter, name, tensors))
+        for name, tensors in sorted(adapter.modules.items(), key=_natural)
     ]
     saved = [_summary(name, {name: tensor}, list(tensor.shape)) for name, tensor in adapter.saved_modules.items()]
     config, manifest = adapter.config, adapter.manifest or {}
@@ -118,7 +122,20 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterSummary:
     )
 
 
-def _summary(name: str, tensors: Mapping[str, torch.Tensor], shape: list[int] | None) -> ModuleSummary:
+def _untrained(adapter: AdapterFile, name: str, tensors: Mapping[str, torch.Tensor]) -> int:
+    """How many values of a RoAd adapter's module were never trained: of pairs that are not its own, and what it does not learn."""
+    if adapter.method != "ROAD":
+        return 0
+    size = len(tensors["road_theta"])
+    out_features = 2 * size // pairs.parameter_size(adapter.config["variant"], 2)
+    places = own_places(adapter.config, name, out_features)
+    learned = 1 if adapter.config.get("train") in (["angle"], ["scale"]) else 2
+    return 2 * size - learned * (size if places is None else len(places))
+
+
+def _summary(
+    name: str, tensors: Mapping[str, torch.Tensor], shape: list[int] | None, untrained: int = 0
+) -> ModuleSummary:
     trained = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
     indices = {
         key.removeprefix("rocoft_").removesuffix("_index"): tensor.tolist()
@@ -129,7 +146,7 @@ def _summary(name: str, tensors: Mapping[str, torch.Tensor], shape: list[int] | 
         name=name,
         shape=shape,
         indices=indices or None,
-        parameters=sum(tensor.numel() for tensor in trained.values()),
+        parameters=sum(tensor.numel() for tensor in trained.values()) - untrained,
         norms={key.rpartition(".")[2] if key == name else key: _norm(key, tensor) for key, tensor in trained.items()},
         dtypes=sorted({_dtype(tensor) for tensor in trained.values()}),
         non_finite=sum(int((~torch.isfinite(tensor)).sum()) for tensor in trained.values()),

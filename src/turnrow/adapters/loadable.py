@@ -66,7 +66,8 @@ def _of_rocoft(adapter: AdapterFile) -> dict[str, Any]:
 
 def _of_road(adapter: AdapterFile) -> dict[str, Any]:
     config = adapter.config
-    return {"variant": config["variant"], "group_size": config["group_size"], "target_modules": list(adapter.modules)}
+    fields = {"variant": config["variant"], "group_size": config["group_size"], "target_modules": list(adapter.modules)}
+    return fields | {name: config[name] for name in ("blocks", "train") if config.get(name) is not None}
 
 
 def _text(path: Any, name: str, value: Any) -> str | None:

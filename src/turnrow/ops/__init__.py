@@ -10,6 +10,7 @@ Knows torch alone. Every equation of turnrow lives in this room; layers, merging
 - `pairs`: the 2 x 2 blocks of a rotation, and what they do to pairs of values.
 - `rotation`: rotate and scale pairs of output features (RoAd).
 - `batched`: the same for a batch in which every sample has an adapter of its own.
+- `subspace`: a part of the rows, columns or blocks of every weight, as a user names it.
 - `rounding`: what quantizing a merged weight anew has cost.
 - `tokens`: sums over tokens, which every gradient above is.
 """

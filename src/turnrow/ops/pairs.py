@@ -29,6 +29,7 @@ __all__ = [
     "is_invertible",
     "parameter_size",
     "parameters",
+    "places",
     "prepare",
     "product",
     "rotate",
@@ -36,6 +37,7 @@ __all__ = [
     "rotate_rows",
     "rotate_values",
     "split",
+    "spread",
     "transpose",
 ]
 
@@ -56,6 +58,29 @@ def parameter_size(variant: Variant, out_features: int) -> int:
     if variant not in sizes:
         raise ValueError(f"variant is {variant!r}; it must be one of {', '.join(get_args(Variant))}")
     return sizes[variant]
+
+
+def places(variant: Variant, group_size: int, blocks: Tensor) -> Tensor:
+    """Where theta, and alpha, hold what belongs to some of the blocks of R.
+
+    Args:
+        blocks: (n,) int64, numbers of blocks: block k turns the (k mod g / 2)-th pair of group k // (g / 2).
+
+    Returns:
+        (n,), (2 n,) or (4 n,) int64, ascending.
+    """
+    half = group_size // 2
+    each = parameter_size(variant, 2)
+    group, pair = blocks // half, blocks % half
+    member = torch.arange(each, device=blocks.device)
+    return ((group * each)[:, None] * half + member * half + pair[:, None]).flatten().sort().values
+
+
+def spread(values: Tensor, at: Tensor | None, size: int, rest: float) -> Tensor:
+    """(size,) with the values at the places `at` and `rest` elsewhere, differentiable in the values; None places all of them."""
+    if at is None:
+        return values
+    return values.new_full((size,), rest).index_copy(0, at, values)
 
 
 def coefficients(variant: Variant, group_size: int, theta: Tensor, alpha: Tensor) -> Blocks:

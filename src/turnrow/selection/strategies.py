@@ -105,7 +105,14 @@ def needs_data(strategy: str) -> bool:
 
 
 def choose(
-    strategy: str, size: int, count: int, *, seed: int = 0, module: str = "", part: Part | str = "row"
+    strategy: str,
+    size: int,
+    count: int,
+    *,
+    among: Tensor | None = None,
+    seed: int = 0,
+    module: str = "",
+    part: Part | str = "row",
 ) -> Tensor:
     """Choose `count` of the numbers 0 .. size - 1 without looking at data.
 
@@ -113,6 +120,7 @@ def choose(
         strategy: "first", "last", "uniform" or "random".
         size: how many rows, columns or entries the weight has.
         count: how many to choose.
+        among: (n,) int64 on the CPU, ascending: the numbers that may be chosen; None allows all.
         seed: decides "random", together with `module` and `part`, so that no two dimensions of a model get the same
             numbers. Drawn on the CPU: the choice is the same whatever device the model is on.
         module: name of the module, also for messages.
@@ -122,7 +130,7 @@ def choose(
         (count,) int64 on the CPU, ascending.
 
     Raises:
-        UserError: an unknown strategy, one that needs data, or a count that is not in 1 .. size.
+        UserError: an unknown strategy, one that needs data, or a count that is not in 1 .. size, or 1 .. n.
     """
     check_strategy(strategy)
     if needs_data(strategy):
@@ -130,19 +138,31 @@ def choose(
             f"selection {strategy!r} needs data, and module {module!r} was given none: choose by "
             "turnrow.select(model, batches), or take one of 'first', 'last', 'uniform', 'random'"
         )
-    _check_count(count, size, module, part)
+    allowed = size if among is None else len(among)
+    _check_count(count, allowed, size, module, part)
     if strategy == "random":
-        return torch.randperm(size, generator=_generator(seed, module, part))[:count].sort().values
-    return _BY_SIZE[strategy](size, count)
+        chosen = torch.randperm(allowed, generator=_generator(seed, module, part))[:count].sort().values
+    else:
+        chosen = _BY_SIZE[strategy](allowed, count)
+    return chosen if among is None else among[chosen]
 
 
-def choose_by_score(strategy: str, scores: Tensor, count: int, *, module: str = "", part: Part | str = "row") -> Tensor:
+def choose_by_score(
+    strategy: str,
+    scores: Tensor,
+    count: int,
+    *,
+    among: Tensor | None = None,
+    module: str = "",
+    part: Part | str = "row",
+) -> Tensor:
     """Choose `count` numbers by their scores; of equal scores the lower number wins.
 
     Args:
         strategy: one of those that need data; it says whether large or small scores are wanted, not what they are made of.
         scores: (size,), floating point, a score for each row, column or entry.
         count: how many to choose.
+        among: as in `choose`, on any device.
         module: name of the module, for messages.
         part: what is numbered: "row", "column" or "entry".
 
@@ -152,7 +172,8 @@ def choose_by_score(strategy: str, scores: Tensor, count: int, *, module: str = 
     Raises:
         UserError: a score is not finite, or the count is not in 1 .. size; names the module.
     """
-    _check_count(count, len(scores), module, part)
+    allowed = scores if among is None else scores[among.to(scores.device)]
+    _check_count(count, len(allowed), len(scores), module, part)
     finite = torch.isfinite(scores)
     if not finite.all():
         wrong = int((~finite).nonzero()[0])
@@ -161,13 +182,15 @@ def choose_by_score(strategy: str, scores: Tensor, count: int, *, module: str = 
             f"{int((~finite).sum())} of {len(scores)} are not finite: the model gives infinite or undefined values on this "
             "data; look for such values in the weights, or calibrate in float32"
         )
-    return _BY_SCORE[strategy](scores, count)
+    chosen = _BY_SCORE[strategy](allowed, count)
+    return chosen if among is None else among.to(scores.device)[chosen]
 
 
-def _check_count(count: int, size: int, module: str, part: str) -> None:
-    if not 1 <= count <= size:
+def _check_count(count: int, allowed: int, size: int, module: str, part: str) -> None:
+    if not 1 <= count <= allowed:
+        own = f", {allowed} of them within the part that is allowed" if allowed < size else ""
         raise UserError(
-            f"{count} {plural(part)} are to be chosen in module {module!r}, which has {size}; ask for 1 to {size}, or give this "
+            f"{count} {plural(part)} are to be chosen in module {module!r}, which has {size}{own}; ask for 1 to {allowed}, or give this "
             "module its own rank in rank_pattern"
         )
 

@@ -16,6 +16,7 @@ import peft.tuners.mixed.model
 from peft.utils.peft_types import PeftType, register_peft_method
 
 from turnrow.tuners.mixed_methods import MixedModel
+from turnrow.tuners.road.config import RoadConfig
 from turnrow.tuners.road.model import RoadModel
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.model import RocoftModel
@@ -24,10 +25,11 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Register `ROCOFT` with peft and put our model behind `ROAD`. May be called again without harm."""
+    """Register `ROCOFT` with peft and put our config and model behind `ROAD`. May be called again without harm."""
     if "ROCOFT" not in PeftType.__members__:
         _add_member("ROCOFT")
         register_peft_method(name="rocoft", config_cls=RocoftConfig, model_cls=RocoftModel)
+    tables.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.ROAD] = RoadConfig
     tables.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.ROAD] = RoadModel
     _let_into_mixed_models(PeftType("ROCOFT"), PeftType.ROAD)
 

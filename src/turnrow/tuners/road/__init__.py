@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from peft import RoadConfig
-
+from turnrow.tuners.road.config import RoadConfig
 from turnrow.tuners.road.layer import RoadLinear
 from turnrow.tuners.road.model import RoadModel
 

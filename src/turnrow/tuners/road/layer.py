@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from peft import RoadConfig
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.road.layer import Linear as PeftRoadLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from turnrow.ops import batched, pairs, rotation
 from turnrow.ops.rounding import MergeCost
-from turnrow.tuners._dense import DenseLinear, dense_weight, features, is_plain_tensor, is_sharded, refuse_sharded
+from turnrow.ops.subspace import subspace
+from turnrow.tuners._dense import DenseLinear, bare, dense_weight, features, is_plain_tensor, is_sharded, refuse_sharded
 from turnrow.tuners._mixed_batch import MixedBatch, MixedBatchLayer
 from turnrow.tuners._quantized import (
     Original,
@@ -26,11 +28,35 @@ from turnrow.tuners._quantized import (
     restore_weight,
     values_of,
 )
+from turnrow.tuners.road.config import settings_of
+from turnrow.tuners.road.whole import IDENTITY, keep_whole_in_state_dicts
 
 __all__ = ["RoadLinear"]
 
 Rotation: TypeAlias = tuple[pairs.Variant, int, Tensor, Tensor]
 """Variant, group size, theta and alpha of an adapter."""
+
+
+class _Held(NamedTuple):
+    """An adapter as the layer holds it."""
+
+    variant: pairs.Variant
+    group_size: int
+    theta: Tensor
+    alpha: Tensor
+    places: Tensor | None
+    """Where in theta and alpha these lie; None where they are whole."""
+    size: int
+    """Of theta and alpha when whole."""
+
+    def whole(self) -> Rotation:
+        """With theta and alpha of every pair, differentiable in what is held."""
+        return (
+            self.variant,
+            self.group_size,
+            pairs.spread(self.theta, self.places, self.size, IDENTITY["road_theta"]),
+            pairs.spread(self.alpha, self.places, self.size, IDENTITY["road_alpha"]),
+        )
 
 
 class RoadLinear(MixedBatchLayer, PeftRoadLinear):
@@ -39,6 +65,9 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
     Parameters, their layout and names are peft's. The forward is ours: where there are more tokens than input features
     the rotation is folded into the weight (`ops.rotation.rotated_linear`), otherwise it is applied to the output; for the
     backward pass only the output is kept, which its reader mostly keeps anyway.
+
+    Of an adapter that turns some pairs alone (`RoadConfig.blocks`), theta and alpha hold what belongs to those; state dicts
+    show them whole.
     """
 
     def __init__(
@@ -51,6 +80,11 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
         self.group_size: dict[str, int] = {}
         self.road_theta = nn.ParameterDict()
         self.road_alpha = nn.ParameterDict()
+        self.road_places = BufferDict(persistent=False)
+        """By adapter that turns some pairs alone: where in the whole theta and alpha its own lie, int64."""
+        self._trained: dict[str, Sequence[str]] = {}
+        """By adapter: "angle", "scale" or both."""
+        keep_whole_in_state_dicts(self)
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.merged_adapters: list[str] = []
@@ -60,13 +94,16 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
         """By adapter: the state of its parameters, their blocks, and whether those can be undone."""
         self._kept_for_unmerge: dict[str, tuple[Tensor, Tensor | None]] = {}
         """Original weight and bias of merged adapters whose rotation cannot be undone (a scale of zero)."""
-        self._active_parameters: tuple[Rotation, ...] | None = None
+        self._active_parameters: tuple[_Held, ...] | None = None
         """Of the active adapters. Looked up when they change, so that to `torch.compile` two adapters of equal shape are
         the same code with other tensors."""
         self._replaced: list[tuple[Original, Tensor | None]] = []
         """Quantized weights, and biases, that merging has replaced."""
         self.merge_cost: MergeCost | None = None
         """What merging into a quantized weight has cost; None where nothing is merged, or the weight is dense."""
+        self.training = bare(
+            base_layer
+        ).training  # as peft leaves it, the layers of a model in evaluation would be in training
         self.update_layer(adapter_name, config=config)
 
     @property
@@ -90,7 +127,7 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            return self._plain_forward(x, self._look_up(active), args, kwargs)
+            return self._plain_forward(x, tuple(map(self._held, active)), args, kwargs)
         if len(active) == 1 and not args and not kwargs:
             folded = self._folded_forward(x, active[0])
             if folded is not None:
@@ -114,34 +151,50 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
         for sample, name in enumerate(names):
             if name in self.variant:
                 kinds.setdefault((self.variant[name], self.group_size[name]), []).append(sample)
+        whole = {name: self._held(name).whole() for name in set(names) & self.variant.keys()}
         angles = [
             batched.Angles(
                 *kind,
                 samples,
-                theta=[self.road_theta[names[sample]] for sample in samples],
-                alpha=[self.road_alpha[names[sample]] for sample in samples],
+                theta=[whole[names[sample]][2] for sample in samples],
+                alpha=[whole[names[sample]][3] for sample in samples],
             )
             for kind, samples in kinds.items()
         ]
         return batched.stack_rotations(angles, len(names), self.out_features)
 
-    def _plain_forward(self, x: Tensor, active: tuple[Rotation, ...], args: tuple, kwargs: dict) -> Tensor:
+    def _plain_forward(self, x: Tensor, active: tuple[_Held, ...], args: tuple, kwargs: dict) -> Tensor:
         """Differentiable operations only, for `torch.compile` and the transforms of `torch.func`."""
         h = self.base_layer(x, *args, **kwargs)
-        for parameters in active:
-            h = pairs.rotate(h, pairs.coefficients(*parameters))
+        for held in active:
+            h = pairs.rotate(h, pairs.coefficients(*held.whole()))
         return h
 
-    def _look_up(self, names: list[str]) -> tuple[Rotation, ...]:
-        return tuple(self._parameters_of(name) for name in names)
-
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As in peft."""
+        """As in peft; of an adapter that learns one of angles and scales, the other is never trained."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._freeze_untrained()
         self._look_up_active()
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As in peft, with the same exception."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_untrained()
+
+    def _freeze_untrained(self) -> None:
+        for name, trained in self._trained.items():
+            for kind, parameters in (("angle", self.road_theta), ("scale", self.road_alpha)):
+                if kind not in trained and name in parameters:
+                    parameters[name].requires_grad_(False)
+
     def _look_up_active(self) -> None:
-        self._active_parameters = self._look_up([n for n in self.active_adapters if n in self._available_adapters])
+        for name in self.road_places:
+            device = self.road_theta[name].device
+            if device.type != "meta":  # as they are before values are loaded into them
+                self.road_places[name] = self.road_places[name].to(device)
+        self._active_parameters = tuple(
+            self._held(name) for name in self.active_adapters if name in self._available_adapters
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoadLinear:
         result = super()._apply(fn, recurse)
@@ -187,12 +240,26 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
             return self._watch.setdefault(name, rotation.OutputWatch())
         return None
 
+    def _held(self, name: str) -> _Held:
+        places: Tensor | None = None
+        if name in self.road_places:
+            places = self.road_places[name]
+        theta, alpha = self.road_theta[name], self.road_alpha[name]
+        if places is not None and places.device != theta.device:
+            places = places.to(theta.device)  # an offloaded layer is brought in without its buffers
+        return _Held(self.variant[name], self.group_size[name], theta, alpha, places, self.size_of(name))
+
     def _parameters_of(self, name: str) -> Rotation:
-        return self.variant[name], self.group_size[name], self.road_theta[name], self.road_alpha[name]
+        return self._held(name).whole()
+
+    def size_of(self, adapter_name: str) -> int:
+        """Length of an adapter's theta, and of its alpha, when they are whole."""
+        return pairs.parameter_size(self.variant[adapter_name], self.out_features)
 
     def _blocks(self, name: str) -> tuple[pairs.Blocks, bool]:
         """The blocks of R and whether they can be undone, made anew only when the parameters have changed."""
-        variant, group_size, theta, alpha = self._parameters_of(name)
+        held = self._held(name)
+        theta, alpha = held.theta, held.alpha
         stamp = tuple((p.data_ptr(), -1 if p.is_inference() else p._version, p.requires_grad) for p in (theta, alpha))
         known = self._known.get(name)
         # What FSDP gathers anew for each forward shows no change: neither its place nor its version differs.
@@ -200,15 +267,30 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
         # `p.data` can be changed unseen by its version: the blocks of parameters in training are always made anew. Whether
         # they can be undone is asked once for each state, because the answer has to come back from the device.
         if known is None or not unchanged or theta.requires_grad or alpha.requires_grad:
-            blocks = pairs.coefficients(variant, group_size, theta.detach(), alpha.detach())
+            with torch.no_grad():
+                blocks = pairs.coefficients(*held.whole())
             invertible = known[2] if known is not None and unchanged else pairs.is_invertible(blocks)
             known = self._known[name] = (stamp, blocks, invertible)
         return known[1], known[2]
 
     def update_layer(self, adapter_name: str, config: RoadConfig, inference_mode: bool = False) -> None:
-        """As in peft; nothing known of a former adapter of the same name stays."""
+        """As in peft, for the pairs that the config names; nothing known of a former adapter of the same name stays."""
         self._forget(adapter_name)
+        blocks, trained = settings_of(config)
+        places = None
+        if blocks is not None:
+            numbers = subspace(blocks, self.out_features // 2, where="blocks", what="pairs")
+            variant: Any = config.variant
+            places = pairs.places(variant, config.group_size, numbers)
+        self._trained[adapter_name] = trained
         super().update_layer(adapter_name, config, inference_mode=inference_mode)
+        if places is None:
+            return
+        for parameters in (self.road_theta, self.road_alpha):
+            whole = parameters[adapter_name]
+            parameters[adapter_name] = nn.Parameter(whole.detach()[places.to(whole.device)], whole.requires_grad)
+        self.road_places[adapter_name] = places
+        self._look_up_active()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in peft."""
@@ -218,6 +300,9 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
 
     def _forget(self, adapter_name: str) -> None:
         self.forget_batch()
+        self._trained.pop(adapter_name, None)
+        if adapter_name in self.road_places:
+            del self.road_places[adapter_name]
         self._known.pop(adapter_name, None)
         self._watch.pop(adapter_name, None)
 

@@ -17,7 +17,7 @@ from turnrow.selection import Batch, Chosen, GradientSums, InputNorms, Selection
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.layer import RocoftLayer
 from turnrow.tuners.rocoft.linear import RocoftLinear
-from turnrow.tuners.rocoft.parts import Part, is_given, parts_of_mode
+from turnrow.tuners.rocoft.parts import Part, choosable, is_given, parts_of_mode
 
 __all__ = ["select"]
 
@@ -149,7 +149,10 @@ def _score(
         for name, layer in layers.items():
             for part in layer.parts(adapter_name):
                 scores = _scores(gathered[name], part.name, layer)
-                index = choose_by_score(config.selection, scores, len(part.index), module=name, part=part.name)
+                among = choosable(config, name, part.name, len(scores))
+                index = choose_by_score(
+                    config.selection, scores, len(part.index), among=among, module=name, part=part.name
+                )
                 total = float(scores.sum())
                 chosen[name, part.name] = index, float(scores[index].sum()) / total if total else None
     _warn_of_unreached(

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from peft.config import PeftConfig
 
 from turnrow.errors import UserError, near_matches
+from turnrow.ops.subspace import check_subspace
 from turnrow.selection import STRATEGIES, check_strategy, read_indices
 
 __all__ = ["RocoftConfig"]
@@ -59,6 +60,15 @@ class RocoftConfig(PeftConfig):
             "column. For a fused weight of experts a list serves every expert, a list of lists has one for each. A text is the "
             "path of a file that turnrow select wrote; what it holds takes its place. Where indices are given their number is "
             "the rank of the module. They are saved with the adapter."
+        },
+    )
+    within: str | list[int] | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "The rows, columns or entries that may be chosen, so that several adapters can share a layer and none touches what "
+            "is another's. None allows all; a text is a slice: ':50%' the first half, '50%:' the second, '::2' every second, "
+            "'1::2' the others; a list names numbers. A dict maps module names (whole, or their last parts) to such values. "
+            "Where indices are given they are used as they are."
         },
     )
     target_modules: list[str] | set[str] | str | None = field(
@@ -130,6 +140,11 @@ class RocoftConfig(PeftConfig):
         check_strategy(self.selection)
         if isinstance(self.selection_seed, bool) or not isinstance(self.selection_seed, int):
             raise UserError(f"selection_seed is {self.selection_seed!r}; it must be a whole number")
+        if isinstance(self.within, dict):
+            for module, part in self.within.items():
+                check_subspace(part, f"within[{module!r}]")
+        elif self.within is not None:
+            check_subspace(self.within, "within")
         if isinstance(self.indices, str):
             if self.indices in STRATEGIES:
                 raise UserError(

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from turnrow.errors import UserError
 from turnrow.ops import columns, entries, experts, rows
-from turnrow.selection import check_indices, choose, first, needs_data
+from turnrow.ops.subspace import most_specific, subspace
+from turnrow.selection import check_indices, choose, needs_data, plural
 from turnrow.tuners.rocoft.config import RocoftConfig
 
 __all__ = [
     "EXPERT_PARTS",
     "PARTS",
     "Part",
+    "choosable",
     "choose_expert_indices",
     "choose_indices",
     "is_given",
@@ -102,12 +104,33 @@ def choose_indices(config: RocoftConfig, name: str, out_features: int, in_featur
             chosen[part] = index.sort().values if part == "entry" else index
         else:
             count = _rank(config, part, name, out_features, in_features)
-            if needs_data(config.selection):
-                chosen[part] = first(sizes[part], count)
-            else:
-                seed = config.selection_seed
-                chosen[part] = choose(config.selection, sizes[part], count, seed=seed, module=name, part=part)
+            chosen[part] = choose(
+                "first" if needs_data(config.selection) else config.selection,
+                sizes[part],
+                count,
+                among=choosable(config, name, part, sizes[part]),
+                seed=config.selection_seed,
+                module=name,
+                part=part,
+            )
     return chosen
+
+
+def choosable(config: RocoftConfig, name: str, part: str, size: int) -> Tensor | None:
+    """The rows, columns or entries of the module called `name` that may be chosen, int64; None allows all.
+
+    Args:
+        part: "row", "column" or "entry".
+        size: how many the module has.
+
+    Raises:
+        UserError: ``config.within`` names none of them, or some that the module does not have.
+    """
+    within = config.within
+    own = most_specific(within, name) if isinstance(within, dict) else within
+    if own is None or is_given(config, name):
+        return None
+    return subspace(own, size, where=f"within, for module {name!r},", what=plural(part))
 
 
 def is_given(config: RocoftConfig, name: str) -> bool:
@@ -183,9 +206,7 @@ def _given(config: RocoftConfig, name: str) -> dict[str, list[int]] | None:
     given: Any = config.indices
     parts = parts_of_mode(config.mode)
     if named_modules(config):
-        pieces = name.split(".")
-        # The whole name first, then shorter and shorter endings: the most specific entry wins.
-        given = next((given[key] for i in range(len(pieces)) if (key := ".".join(pieces[i:])) in given), None)
+        given = most_specific(given, name)
     if given is None:
         return None
     if len(parts) == 1 and not isinstance(given, dict):

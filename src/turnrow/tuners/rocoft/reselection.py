@@ -18,6 +18,7 @@ from turnrow.errors import UserError
 from turnrow.selection import Batch, choose_by_score, gather
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.linear import RocoftLinear
+from turnrow.tuners.rocoft.parts import choosable
 
 __all__ = ["RESELECTION_STRATEGIES", "Move", "check_reselection", "move_optimizer_state", "reselect", "unite"]
 
@@ -109,13 +110,14 @@ def reselect(
         now = layer.parts(adapter_name)[0].index
         size = layer.out_features if part == "row" else layer.in_features
         so_far = torch.cat([piece.index for piece in layer.parts(adapter_name)])
+        allowed = choosable(config, name, part, size)
         if strategy == "cycle":
-            chosen = _next(now, so_far, size, budget)
+            chosen = _next_among(allowed, now, so_far, size, budget)
         elif scores[name].count == 0:
             continue
         else:
-            among = _within_budget(scores[name].scores(part), so_far, len(now), budget)
-            chosen = choose_by_score(strategy, among, len(now), module=name, part=part)
+            affordable = _within_budget(scores[name].scores(part), so_far, len(now), budget)
+            chosen = choose_by_score(strategy, affordable, len(now), among=allowed, module=name, part=part)
         moves.append(_move(layer, adapter_name, part, chosen.to(now.device)))
     return moves
 
@@ -150,6 +152,15 @@ def _layers(model: PeftModel, adapter_name: str) -> dict[str, RocoftLinear]:
         for name, module in base.model.named_modules()
         if isinstance(module, RocoftLinear) and module.parts(adapter_name)
     }
+
+
+def _next_among(allowed: Tensor | None, now: Tensor, so_far: Tensor, size: int, budget: int | None) -> Tensor:
+    """`_next`, counting only the numbers that are allowed."""
+    if allowed is None:
+        return _next(now, so_far, size, budget)
+    allowed = allowed.to(now.device)
+    place = torch.searchsorted
+    return allowed[_next(place(allowed, now), place(allowed, so_far), len(allowed), budget)]
 
 
 def _next(now: Tensor, so_far: Tensor, size: int, budget: int | None) -> Tensor:
