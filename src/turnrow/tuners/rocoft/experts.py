@@ -15,9 +15,10 @@ from turnrow.ops.experts import FusedWeight, overlay
 from turnrow.tuners._dense import is_rehearsal, is_sharded, may_change_in_place, refuse_sharded
 from turnrow.tuners._passthrough import AttributesOfBase
 from turnrow.tuners.rocoft.config import RocoftConfig
-from turnrow.tuners.rocoft.layer import Active, RocoftLayer
+from turnrow.tuners.rocoft.layer import RocoftLayer
 from turnrow.tuners.rocoft.live_weight import live_weight
 from turnrow.tuners.rocoft.parts import choose_expert_indices, shape_of_part
+from turnrow.tuners.rocoft.tensors import Active
 
 __all__ = ["RocoftExpertWeight", "RocoftExperts"]
 

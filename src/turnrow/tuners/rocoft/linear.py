@@ -15,9 +15,10 @@ from turnrow.tuners._dense import features, is_rehearsal, is_sharded, may_change
 from turnrow.tuners._mixed_batch import MixedBatch
 from turnrow.tuners._quantized import Requantizer, refuse_cut_gradient, values_of
 from turnrow.tuners.rocoft.config import RocoftConfig
-from turnrow.tuners.rocoft.layer import Active, RocoftLayer
+from turnrow.tuners.rocoft.layer import RocoftLayer
 from turnrow.tuners.rocoft.mixed import StackedParts, stack_bias, stack_parts
 from turnrow.tuners.rocoft.parts import PARTS, Part, choose_indices, is_given, shape_of_part
+from turnrow.tuners.rocoft.tensors import Active
 
 __all__ = ["RocoftLinear"]
 
