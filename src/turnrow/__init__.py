@@ -10,9 +10,12 @@ from turnrow.tuners import (
     RoadModel,
     RocoftConfig,
     RocoftModel,
+    SwapGate,
     count_parameters,
+    hotswap_adapter,
     register,
     select,
+    swap_gate,
 )
 
 __version__ = "0.1.0"
@@ -23,9 +26,12 @@ __all__ = [
     "RoadModel",
     "RocoftConfig",
     "RocoftModel",
+    "SwapGate",
     "__version__",
     "count_parameters",
+    "hotswap_adapter",
     "select",
+    "swap_gate",
 ]
 
 register()

@@ -6,20 +6,29 @@ for RoCoFT and RoAd every such case is an error here. The files of other methods
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from turnrow.adapters.adapter_file import AdapterFile
-from turnrow.adapters.fingerprint import fingerprint, named_weights, weight_shape
+from turnrow.adapters.fingerprint import WeightPrint, fingerprint, named_weights, weight_shape
 from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
 from turnrow.adapters.road_blocks import own_places
 from turnrow.adapters.rocoft_checks import BIAS, check_rocoft, describe
 from turnrow.errors import AdapterError, UserError, near_matches
+from turnrow.ops.experts import FusedWeight
 
-__all__ = ["base_difference", "check_against_config", "check_against_model", "check_base", "check_finite"]
+__all__ = [
+    "base_difference",
+    "check_against_config",
+    "check_against_model",
+    "check_against_weights",
+    "check_base",
+    "check_finite",
+    "compare_prints",
+]
 
 _ROAD_NAMES = {"road_theta", "road_alpha"}
 # parameters per output feature
@@ -70,11 +79,16 @@ def check_against_model(adapter: AdapterFile, model: torch.nn.Module) -> None:
     """
     if adapter.method not in ("ROCOFT", "ROAD"):
         return
-    named = named_weights(model)
+    check_against_weights(adapter, named_weights(model), type(model).__name__)
+    _check_saved_modules(adapter, model)
+
+
+def check_against_weights(adapter: AdapterFile, named: Mapping[str, torch.nn.Module | FusedWeight], model: str) -> None:
+    """As `check_against_model`, of the modules and fused weights of a base by name; `model` is the name of its class."""
     for module, tensors in adapter.modules.items():
         if module not in named:
             hint = near_matches(module, named)
-            raise AdapterError(f"{_another_base(adapter)}: this {type(model).__name__} has no module {module!r}{hint}")
+            raise AdapterError(f"{_another_base(adapter)}: this {model} has no module {module!r}{hint}")
         shape = weight_shape(named[module])
         if shape is None:
             raise AdapterError(
@@ -84,7 +98,6 @@ def check_against_model(adapter: AdapterFile, model: torch.nn.Module) -> None:
         check(f"{_another_base(adapter)}: module {module!r}", module, tensors, adapter.config, shape)
         if BIAS in tensors:
             _check_bias(f"{_another_base(adapter)}: module {module!r}", tensors[BIAS], named[module])
-    _check_saved_modules(adapter, model)
 
 
 def check_base(adapter: AdapterFile, model: torch.nn.Module) -> None:
@@ -94,9 +107,13 @@ def check_base(adapter: AdapterFile, model: torch.nn.Module) -> None:
         AdapterError: names the first module that is missing or differs beyond rounding.
     """
     named = named_weights(model)
+    compare_prints(adapter, lambda module, own: fingerprint(named[module], own) if module in named else None)
+
+
+def compare_prints(adapter: AdapterFile, take: Callable[[str, Mapping[str, Tensor]], WeightPrint | None]) -> None:
+    """As `check_base`, where `take(module, own)` is the fingerprint of a weight of the base, None if it has no such module."""
     for module, expected in adapter.base_prints.items():
-        own = adapter.modules.get(module, {}) if expected.own is None else expected.own
-        found = fingerprint(named[module], own) if module in named else None
+        found = take(module, adapter.modules.get(module, {}) if expected.own is None else expected.own)
         difference = "it is missing here" if found is None else expected.difference(found)
         if difference is not None:
             raise base_difference(adapter, module, difference)

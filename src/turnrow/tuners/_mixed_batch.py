@@ -9,7 +9,7 @@ names or the values of the adapters change; only the stacks of the latest batch 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from turnrow.errors import UserError, near_matches
 from turnrow.tuners._mixed_modules import own_modules
 from turnrow.tuners._watch import ParameterWatch
+from turnrow.tuners.gate import SwapGate
 
 __all__ = ["BASE_MODEL", "MixedBatch", "MixedBatchLayer", "MixedBatchModel"]
 
@@ -123,6 +124,12 @@ class MixedBatchLayer:
         """Called when anything about the adapters but the values of their parameters changes: a batch is stacked anew."""
         self._slot.last = None
 
+    @contextmanager
+    def replacing(self, adapter_name: str) -> Iterator[None]:
+        """In this block the tensors of an adapter are overwritten, in their places; nothing made of the old values outlives it."""
+        self.forget_batch()
+        yield
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.forget_batch()  # moving and casting write through `.data`
         return super()._apply(fn, recurse)  # type: ignore[misc]
@@ -132,6 +139,8 @@ class MixedBatchModel(BaseTuner):
     """A tuner whose layers serve batches of several adapters."""
 
     _slot: Slot | None = None
+    swap_gate: SwapGate | None = None
+    """Held by every forward and `generate` of the model, if there is one."""
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -140,10 +149,16 @@ class MixedBatchModel(BaseTuner):
         Raises:
             UserError: a name is not loaded, adapters are merged, or gradients are to be checkpointed.
         """
-        names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
+        with nullcontext() if torch.compiler.is_compiling() or self.swap_gate is None else self.swap_gate.running():
+            names = kwargs.get("adapter_names")
+            if names is None:
+                yield
+            else:
+                with self._serving(names, kwargs):
+                    yield
+
+    @contextmanager
+    def _serving(self, names: Any, kwargs: dict[str, Any]) -> Iterator[None]:
         if self._slot is None:
             self._slot = Slot()
         slot = self._slot
@@ -163,15 +178,16 @@ class MixedBatchModel(BaseTuner):
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As in peft; what was stacked for a batch is given up."""
-        self._forget_batch()
+        self.forget_batch()
         super().inject_adapter(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: Any) -> None:
         """As in peft; what was stacked for a batch is given up."""
-        self._forget_batch()
+        self.forget_batch()
         super().delete_adapter(adapter_name)
 
-    def _forget_batch(self) -> None:
+    def forget_batch(self) -> None:
+        """As in the layers."""
         if self._slot is not None:
             self._slot.last = None
 

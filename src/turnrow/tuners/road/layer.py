@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -282,6 +283,7 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
             numbers = subspace(blocks, self.out_features // 2, where="blocks", what="pairs")
             variant: Any = config.variant
             places = pairs.places(variant, config.group_size, numbers)
+        self._forget_part(adapter_name)
         self._trained[adapter_name] = trained
         super().update_layer(adapter_name, config, inference_mode=inference_mode)
         if places is None:
@@ -295,14 +297,26 @@ class RoadLinear(MixedBatchLayer, PeftRoadLinear):
     def delete_adapter(self, adapter_name: str) -> None:
         """As in peft."""
         self._forget(adapter_name)
+        self._forget_part(adapter_name)
         super().delete_adapter(adapter_name)
         self._look_up_active()
 
-    def _forget(self, adapter_name: str) -> None:
-        self.forget_batch()
+    @contextmanager
+    def replacing(self, adapter_name: str) -> Iterator[None]:
+        """As in every layer."""
+        self._forget(adapter_name)
+        try:
+            yield
+        finally:
+            self._look_up_active()
+
+    def _forget_part(self, adapter_name: str) -> None:
         self._trained.pop(adapter_name, None)
         if adapter_name in self.road_places:
             del self.road_places[adapter_name]
+
+    def _forget(self, adapter_name: str) -> None:
+        self.forget_batch()
         self._known.pop(adapter_name, None)
         self._watch.pop(adapter_name, None)
 

@@ -13,10 +13,12 @@ The layer is built up in steps: the adapters' tensors (`tensors`), the live weig
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.func import functional_call
 
 from turnrow.errors import UserError
@@ -54,6 +56,18 @@ class RocoftLayer(MergingLayer):
         super().delete_adapter(adapter_name)
         self._active = None
         _ = self.active
+
+    @contextmanager
+    def replacing(self, adapter_name: str) -> Iterator[None]:
+        """As in every layer. A backward pass whose forward was before is refused by autograd: it would find another weight."""
+        self._adapters_change()  # the base is restored by the old indices
+        weight = getattr(self._base, "weight", None)
+        if isinstance(weight, Tensor):
+            increment_version(weight)
+        try:
+            yield
+        finally:
+            _ = self.active
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RocoftLayer:
         self._adapters_change()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -55,6 +56,13 @@ class RocoftLinear(RocoftLayer):
     def set_index(self, adapter_name: str, part: str, index: Tensor) -> None:
         """As in every layer; the adapter may be trained from now on."""
         super().set_index(adapter_name, part, index)
+        self._unselected.discard(adapter_name)
+
+    @contextmanager
+    def replacing(self, adapter_name: str) -> Iterator[None]:
+        """As in every layer; what comes from a file was chosen."""
+        with super().replacing(adapter_name):
+            yield
         self._unselected.discard(adapter_name)
 
     def set_settled(self, adapter_name: str, part: str, index: Tensor, delta: Tensor) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from turnrow.ops.delta import adapted
 from turnrow.tuners._quantized import Requantizer
+from turnrow.tuners._transition import one_at_a_time
 from turnrow.tuners.rocoft.parts import Part
 from turnrow.tuners.rocoft.tensors import Active, AdapterTensors
 
@@ -60,6 +61,10 @@ class LiveLayer(AdapterTensors):
 
     def _go_live(self, active: Active) -> None:
         """Make the weight hold W0 + delta of the active adapter."""
+        with one_at_a_time():
+            self._go_live_alone(active)
+
+    def _go_live_alone(self, active: Active) -> None:
         live: _Live | None = self._live
         index_stamps = [_stamp(part.index) for part in active.parts]
         if live is None or live.active is not active or live.index_stamps != index_stamps:
@@ -79,11 +84,27 @@ class LiveLayer(AdapterTensors):
 
     def restore_base(self) -> None:
         """Put the original values back if the weight is live. Bit-exact; merged adapters stay merged."""
+        if self._live is None:
+            return
+        with one_at_a_time():
+            live = self._live
+            if live is not None:
+                for kept in live.kept:
+                    self._write(kept, kept.values)
+                self._live = None
+
+    def original_values(self) -> Tensor | None:
+        """A copy of W0, (out, in) or (E, out, in), while the weight is live; None while the weight itself is W0.
+
+        The weight stays as it is, so a forward may run meanwhile.
+        """
         live = self._live
-        if live is not None:
-            for kept in live.kept:
-                self._write(kept, kept.values)
-            self._live = None
+        if live is None:
+            return None
+        values = self._values().clone()
+        for kept in live.kept:
+            self._equations[kept.part].put_(values, kept.index, kept.values)
+        return values
 
     def _adapters_change(self) -> None:
         self.restore_base()

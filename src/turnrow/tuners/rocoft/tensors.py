@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from turnrow.tuners._dense import dense_weight, refuse_sharded
 from turnrow.tuners._mixed_batch import MixedBatchLayer
 from turnrow.tuners._quantized import Requantizer, quantization_backend
+from turnrow.tuners._transition import one_at_a_time
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.parts import EXPERT_PARTS, PARTS, Part
 
@@ -153,13 +154,20 @@ class AdapterTensors(MixedBatchLayer, BaseTunerLayer, nn.Module):
         tensors; a forward does so only where another library put parameters of its own into the layer.
         """
         active = self._active
-        if active is None or not (torch.compiler.is_compiling() or active.is_current()):
-            available = self._available_adapters
-            names = [name for name in self.active_adapters if name in available]
-            parts = tuple(part for name in names for part in self.parts(name))
-            biases = tuple(self._bias_part(name) for name in names if name in self.rocoft_bias)
-            active = self._active = Active(len(names), parts, biases)
+        if _is_current(active):
+            return active
+        with one_at_a_time():
+            active = self._active
+            if not _is_current(active):
+                active = self._active = self._look_up()
         return active
+
+    def _look_up(self) -> Active:
+        available = self._available_adapters
+        names = [name for name in self.active_adapters if name in available]
+        parts = tuple(part for name in names for part in self.parts(name))
+        biases = tuple(self._bias_part(name) for name in names if name in self.rocoft_bias)
+        return Active(len(names), parts, biases)
 
     def _adapters_change(self) -> None:
         """Called before anything about the adapters or the weight changes."""
@@ -187,6 +195,10 @@ class AdapterTensors(MixedBatchLayer, BaseTunerLayer, nn.Module):
     @property
     def _equations(self) -> Mapping[str, ModuleType]:
         return EXPERT_PARTS if self.of_experts else PARTS
+
+
+def _is_current(active: Active | None) -> TypeGuard[Active]:
+    return active is not None and (torch.compiler.is_compiling() or active.is_current())
 
 
 def trainable_dtype(like: Tensor) -> torch.dtype:
