@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -352,7 +351,6 @@ def test_so_is_what_reselection_has_settled(pair):
 
 def test_an_adapter_of_another_base_is_refused_before_anything_is_touched(pair):
     old, new = pair("row")
-    manifest = json.loads((new / "turnrow.json").read_text())
     other = build("llama")[0]
     nn.init.normal_(other.model.layers[1].self_attn.v_proj.weight)
     write_manifest(new, get_peft_model(other, CONFIGS["row"](2)))
@@ -365,7 +363,6 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_touched(pair):
     assert torch.equal(output(model, inputs), before)
     hotswap_adapter(model, new, check_base=False)
     assert torch.equal(output(model, inputs), output(load_adapter(build("llama")[0], new, check_base=False), inputs))
-    assert manifest["base"]
 
 
 def _damage(folder: Path, change) -> None:
