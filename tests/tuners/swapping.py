@@ -30,6 +30,9 @@ CONFIGS = {
     "road_1": lambda seed: RoadConfig(variant="road_1", group_size=4, target_modules=LINEAR),
     "road_2": lambda seed: RoadConfig(variant="road_2", group_size=4, target_modules=LINEAR),
     "road_4": lambda seed: RoadConfig(variant="road_4", group_size=4, target_modules=LINEAR),
+    "road_2-blocks": lambda seed: RoadConfig(
+        variant="road_2", group_size=4, target_modules=LINEAR, blocks=f"{seed % 2}::2"
+    ),
 }
 
 

@@ -234,7 +234,7 @@ def test_a_swap_between_a_forward_and_its_backward_is_an_error_and_not_a_wrong_g
 # --- compiled --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["row", "row+column", "entry", "road_1", "road_4"])
+@pytest.mark.parametrize("method", ["row", "row+column", "entry", "road_1", "road_2-blocks"])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_model_is_not_compiled_again(method, network_pair, x):
     old, new = network_pair(method)
@@ -313,6 +313,11 @@ def _rows(**fields):
             _rows(),
             _rows(r=3),
             r"its '.*q_proj\.rocoft_row' is float32 \[3, 16\], that of the loaded one float32 \[2, 16\]",
+        ),
+        (
+            CONFIGS["road_2-blocks"](0),
+            RoadConfig(variant="road_2", group_size=4, target_modules=LINEAR, blocks="::4"),
+            "its '.*road_theta' is float32 .*, that of the loaded one float32",
         ),
         (_rows(), _rows(target_modules=["q_proj"]), "it has no '.*v_proj.rocoft_row', which the loaded one has"),
         (
