@@ -16,7 +16,7 @@ from benchmarks.rocoft_reference import ReferenceColumns, ReferenceRows
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-__all__ = ["LIMIT", "LORA_RANK", "METHODS", "RANK", "Method", "sharing_copy", "with_road_of_peft"]
+__all__ = ["LIMIT", "LORA_RANK", "METHODS", "RANK", "Method", "find_method", "sharing_copy", "with_road_of_peft"]
 
 LIMIT = "frozen"
 """The yardstick: forward, and backward to the inputs, with no weight trained."""
@@ -49,10 +49,13 @@ def _full(model: PreTrainedModel, targets: list[str]) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def _lora(model: PreTrainedModel, targets: list[str]) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
+def _lora(rank: int) -> Callable[[PreTrainedModel, list[str]], nn.Module]:
+    def apply(model: PreTrainedModel, targets: list[str]) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=targets))
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+
+    return apply
 
 
 def with_road_of_peft(model: PreTrainedModel, config: PeftConfig, **keywords: Any) -> PeftModel:
@@ -85,13 +88,13 @@ def _reference(
     return apply
 
 
-def _rocoft(mode: str) -> Callable[[PreTrainedModel, list[str]], nn.Module]:
+def _rocoft(mode: str, rank: int) -> Callable[[PreTrainedModel, list[str]], nn.Module]:
     def apply(model: PreTrainedModel, targets: list[str]) -> nn.Module:
         from peft import get_peft_model
 
         from turnrow import RocoftConfig
 
-        return get_peft_model(model, RocoftConfig(r=RANK, mode=mode, target_modules=targets))
+        return get_peft_model(model, RocoftConfig(r=rank, mode=mode, target_modules=targets))
 
     return apply
 
@@ -110,13 +113,35 @@ def _road(variant: str) -> Callable[[PreTrainedModel, list[str]], nn.Module]:
 METHODS: dict[str, Method] = {
     LIMIT: Method("the limit: frozen model", _frozen),
     "full": Method("full fine-tuning", _full),
-    "lora": Method(f"LoRA r={LORA_RANK} (peft)", _lora),
+    "lora": Method(f"LoRA r={LORA_RANK} (peft)", _lora(LORA_RANK)),
     "road_peft": Method("RoAd1 (peft)", _road_of_peft),
     "rocoft_reference_rows": Method(f"RoCoFT rows r={RANK}, paper's Algorithm 1", _reference(ReferenceRows)),
     "rocoft_reference_columns": Method(f"RoCoFT columns r={RANK}, paper's Algorithm 1", _reference(ReferenceColumns)),
-    "rows": Method(f"**RoCoFT rows r={RANK}**", _rocoft("row")),
-    "columns": Method(f"**RoCoFT columns r={RANK}**", _rocoft("column")),
+    "rows": Method(f"**RoCoFT rows r={RANK}**", _rocoft("row", RANK)),
+    "columns": Method(f"**RoCoFT columns r={RANK}**", _rocoft("column", RANK)),
     "road_1": Method("**RoAd1**", _road("road_1")),
     "road_2": Method("**RoAd2**", _road("road_2")),
     "road_4": Method("**RoAd4**", _road("road_4")),
 }
+
+_OF_RANK: dict[str, Callable[[int], Method]] = {
+    "lora": lambda r: Method(f"LoRA r={r} (peft)", _lora(r)),
+    "rows": lambda r: Method(f"RoCoFT rows r={r}", _rocoft("row", r)),
+    "columns": lambda r: Method(f"RoCoFT columns r={r}", _rocoft("column", r)),
+}
+
+
+def find_method(name: str) -> Method:
+    """The method of a name in `METHODS`, or of one with a rank of its own, such as ``"rows:64"``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kind, _, rank = name.partition(":")
+    if rank.isdecimal() and int(rank) and kind in _OF_RANK:
+        return _OF_RANK[kind](int(rank))
+    if name not in METHODS:
+        raise ValueError(
+            f"{name!r} is none of {', '.join(METHODS)}, nor one of {', '.join(_OF_RANK)} with a rank, as 'rows:64'"
+        )
+    return METHODS[name]

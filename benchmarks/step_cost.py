@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import measure
-from benchmarks.methods import LIMIT, METHODS, sharing_copy
+from benchmarks.methods import LIMIT, METHODS, find_method, sharing_copy
 from benchmarks.results import provenance, spread, write
 from benchmarks.shapes import SHAPES, Shape, build_model, target_names
 from benchmarks.table import markdown
@@ -75,7 +75,7 @@ def measure_step_cost(
     sequence: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """Measure `methods` (names of `METHODS`; the limit is always among them) and return one entry for each.
+    """Measure `methods` (names as `methods.find_method` takes them; the limit is always among them) and return one entry for each.
 
     An entry has `seconds` and `ratio` (to the limit, per round), each with median, quartiles and all samples;
     `saved_bytes`, `saved_ratio`, `held_bytes`, `peak_bytes`; `trained_parameters`, `gradient_bytes`,
@@ -93,10 +93,10 @@ def measure_step_cost(
     entries: dict[str, dict[str, Any]] = {}
     steps: dict[str, _Step] = {}
     expected: tuple[Tensor, Tensor] | None = None
-    for name in [LIMIT, *(name for name in METHODS if name in methods and name != LIMIT)]:
-        entries[name] = {"title": METHODS[name].title}
+    for name in [LIMIT, *(name for name in dict.fromkeys(methods) if name != LIMIT)]:
+        entries[name] = {"title": find_method(name).title}
         try:
-            step = _Step(METHODS[name].apply(sharing_copy(base), targets), embeddings, labels)
+            step = _Step(find_method(name).apply(sharing_copy(base), targets), embeddings, labels)
             for _ in range(_WARM_UP):
                 loss = step()
             if expected is None:
@@ -146,6 +146,14 @@ def _memory(step: _Step, device: str) -> dict[str, int]:
     return figures
 
 
+def _method_name(name: str) -> str:
+    try:
+        find_method(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_cost", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="llama", help="default: %(default)s")
@@ -157,7 +165,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--repeats", type=int, default=20, help="rounds, each runs every method once; default: %(default)s"
     )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch; default: %(default)s")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        type=_method_name,
+        metavar="METHOD",
+        default=list(METHODS),
+        help=f"of {', '.join(METHODS)}; lora, rows and columns with any rank, as rows:64; default: all of these",
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write, else only the table is printed")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a result file; measure nothing")
     arguments = parser.parse_args(argv)

@@ -13,7 +13,7 @@ from torch import nn
 
 import turnrow
 from benchmarks import step_cost
-from benchmarks.methods import LIMIT, METHODS, sharing_copy
+from benchmarks.methods import LIMIT, METHODS, find_method, sharing_copy
 from benchmarks.rocoft_reference import ReferenceColumns, ReferenceRows
 from benchmarks.shapes import SHAPES, build_model, target_names
 from benchmarks.table import markdown
@@ -151,3 +151,17 @@ def test_a_number_below_one_is_refused(option: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit, match="2"):
         step_cost.main([option, "0"])
     assert f"{option} is 0, must be at least 1" in capsys.readouterr().err
+
+
+def test_a_rank_may_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    base = build_model(SHAPES["tiny-llama"], device="cpu", dtype=torch.float32, seed=0)
+    targets = target_names(base)
+    trained = {}
+    for name in ("rows:1", "rows:5", "columns:5", "lora:2"):
+        model = find_method(name).apply(sharing_copy(base), targets)
+        trained[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained["rows:5"] == 5 * trained["rows:1"]
+    for name in ("rows:0", "rows:x", "road_1:2", "lines"):
+        with pytest.raises(SystemExit):
+            step_cost.main(["--shape", "tiny-llama", "--methods", name])
+        assert f"{name!r} is none of" in capsys.readouterr().err
