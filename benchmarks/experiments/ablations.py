@@ -1,6 +1,6 @@
 """What the ablations compare: the RoCoFT paper's table 8 (rank, against LoRA), its figure 3 (strategies), its tables 11 and 12
 (single entries); and what neither paper shows: methods at equal size, on every task; rows, columns or both; more rows; which
-modules, biases trained too, re-selection.
+modules, biases trained too, quantized bases, re-selection.
 """
 
 from __future__ import annotations
@@ -84,6 +84,12 @@ ABLATIONS: tuple[Experiment, ...] = (
     Experiment("biases", "rows r=4, none", _rows(4)),
     Experiment("biases", "rows r=4, of the adapted modules", _rows(4, bias="rocoft_only")),
     Experiment("biases", "rows r=4, all", _rows(4, bias="all")),
+    Experiment("quantized", "rows r=3, float32", _rows(3)),
+    *(
+        Experiment("quantized", f"rows r=3, {kind}", _rows(3), {"quantization": kind})
+        for kind in ("nf4", "int8", "torchao_int8", "torchao_int4")
+    ),
+    Experiment("quantized", "RoAd1, nf4", _ROAD1, {"quantization": "nf4"}),
     Experiment("reselection", "rows r=3, never", _rows(3, selection="gradient")),
     *(
         Experiment(
