@@ -15,6 +15,7 @@ from torch import Tensor
 from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.adapters.fingerprint import WeightPrint, fingerprint, named_weights, weight_shape
 from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
+from turnrow.adapters.numbers import is_count
 from turnrow.adapters.road_blocks import own_places
 from turnrow.adapters.rocoft_checks import BIAS, check_rocoft, describe
 from turnrow.errors import AdapterError, UserError, near_matches
@@ -151,7 +152,7 @@ def _check_road(
         raise AdapterError(
             f"{where}: the configuration's variant is {variant!r}, allowed are {', '.join(map(repr, _ROAD_SIZES))}"
         )
-    if isinstance(group, bool) or not isinstance(group, int) or group < 2 or group % 2:
+    if not is_count(group) or group % 2:
         raise AdapterError(f"{where}: the configuration's group_size is {group!r}, an even number from 2 on is needed")
     if set(tensors) != _ROAD_NAMES:
         raise AdapterError(

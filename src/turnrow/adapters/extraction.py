@@ -21,6 +21,7 @@ from turnrow.adapters.algebra.rocoft import tensors_of, unused
 from turnrow.adapters.derived import write_derived_adapter
 from turnrow.adapters.fingerprint import WeightPrint, fingerprint, is_plain
 from turnrow.adapters.folder import KEY_PREFIX
+from turnrow.adapters.numbers import is_count, is_number
 from turnrow.adapters.rocoft_checks import BIAS, MODES
 from turnrow.adapters.writing import check_new_folder
 from turnrow.errors import UserError, near_matches
@@ -142,7 +143,7 @@ def extract_adapter(
 def _check_arguments(mode: str, r: Any, density: Any) -> None:
     if mode not in MODES:
         raise UserError(f"mode is {mode!r}; it must be one of {', '.join(map(repr, MODES))}{near_matches(mode, MODES)}")
-    if r is not None and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
+    if r is not None and not is_count(r):
         raise UserError(
             f"r is {r!r}; it must be a whole number of rows or columns, 1 or more, or None for all that changed"
         )
@@ -154,7 +155,7 @@ def _check_arguments(mode: str, r: Any, density: Any) -> None:
         raise UserError(f"r is {r!r}, but mode 'entry' takes single entries: give density")
     if mode != "entry" and density is not None:
         raise UserError(f"density is {density!r}, but mode {mode!r} takes whole rows or columns: give r")
-    if mode == "entry" and (isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1):
+    if mode == "entry" and not (is_number(density) and 0 < density <= 1):
         raise UserError(
             f"density is {density!r}; mode 'entry' needs the share of entries to take, above 0 and at most 1"
         )

@@ -11,7 +11,6 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +22,7 @@ from turnrow.adapters.checks import check_against_model, check_base, check_finit
 from turnrow.adapters.fingerprint import is_plain
 from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
 from turnrow.adapters.lora import check_saved_modules, lora_config
+from turnrow.adapters.numbers import is_count
 from turnrow.adapters.reading import read_adapter
 from turnrow.adapters.writing import check_new_folder, new_folder
 from turnrow.errors import UserError
@@ -69,7 +69,7 @@ def export_road_lora(
         UserError: it is no RoAd adapter; `rank` is no whole number from 1; the base is another, or quantized; the adapter holds modules
             whole that LoRA servers do not take; `out` is not empty.
     """
-    if not _is_count(rank):
+    if not is_count(rank):
         raise UserError(f"rank is {rank!r}; it must be a whole number, 1 or more")
     check_new_folder(out)
     adapter = read_adapter(path)
@@ -102,11 +102,6 @@ def export_road_lora(
         config.save_pretrained(str(folder))
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     return RoadExport(Path(out), max(ranks.values()), errors, biases)
-
-
-def _is_count(value: Any) -> bool:
-    """Whether it is a whole number from 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _blocks(adapter: AdapterFile, tensors: dict[str, Tensor]) -> pairs.Blocks:

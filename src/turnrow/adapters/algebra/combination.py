@@ -6,18 +6,18 @@ the others count for nothing: a density of 0.5 keeps half of each adapter.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Literal, get_args
 
 import torch
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune, task_arithmetic
 from torch import Tensor
 
+from turnrow.adapters.numbers import is_number
 from turnrow.errors import UserError, near_matches
 
-__all__ = ["Combination", "Kind", "check_combination", "is_number"]
+__all__ = ["Combination", "Kind", "check_combination"]
 
 Kind = Literal["linear", "mean", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
 """The names are those of peft's ``add_weighted_adapter``, and ``mean``.
@@ -65,11 +65,6 @@ class Combination:
         signs = calculate_majority_sign_mask(stacked)
         merged: Tensor = disjoint_merge(stacked * weights.view(-1, *(1,) * (stacked.dim() - 1)), signs)
         return merged
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_combination(kind: str, weights: Sequence[float] | None, density: float | None, count: int) -> Combination:

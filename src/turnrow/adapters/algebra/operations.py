@@ -14,12 +14,13 @@ from torch import Tensor
 
 from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.adapters.algebra.agreement import check_agreement, mean_of_saved_modules, same_tensors, saved_modules_of
-from turnrow.adapters.algebra.combination import Combination, check_combination, is_number
+from turnrow.adapters.algebra.combination import Combination, check_combination
 from turnrow.adapters.algebra.road import Rotation, divide, interpolate_angles, multiply, rotations
 from turnrow.adapters.algebra.rocoft import combine_rocoft
 from turnrow.adapters.derived import write_derived_adapter
 from turnrow.adapters.fingerprint import WeightPrint
 from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
+from turnrow.adapters.numbers import is_number
 from turnrow.adapters.reading import read_adapter
 from turnrow.adapters.writing import check_new_folder
 from turnrow.errors import UserError
