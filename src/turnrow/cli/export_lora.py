@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from turnrow.cli._base import base_of
+
 if TYPE_CHECKING:
     from turnrow.adapters import AdapterFile
 
@@ -49,18 +51,14 @@ def run(args: argparse.Namespace) -> int:
 def _export_road(args: argparse.Namespace, adapter: AdapterFile) -> int:
     from turnrow.adapters import export_road_lora, load_base
     from turnrow.errors import UserError
-    from turnrow.training.base import resolve_model
     from turnrow.training.quiet import without_load_report
 
     if adapter.method != "ROAD":
         raise UserError(
             f"--rank is {args.rank}, but {args.adapter} is a {adapter.method} adapter: only RoAd has to be approximated"
         )
-    location = args.base or adapter.base_name
-    if not location:
-        raise UserError(f"{args.adapter} does not name its base model: give --base MODEL")
     with without_load_report():
-        base = load_base(adapter, resolve_model(location))
+        base = load_base(adapter, base_of(adapter, args.base))
     export = export_road_lora(args.adapter, args.out, base=base, rank=args.rank, check=not args.no_check_base)
     print(f"wrote {export.path}: LoRA of rank {export.rank} for {len(export.errors)} modules, scaling 1")
     print(f"it leaves out {export.relative_error:.1%} of the change (by Frobenius norm); most in")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from turnrow.cli._base import base_of
+
 if TYPE_CHECKING:
     from turnrow.adapters import AdapterFile, MergeResult
 
@@ -58,16 +60,11 @@ def run(args: argparse.Namespace) -> int:
         why_not_stream,
     )
     from turnrow.adapters.writing import check_new_folder
-    from turnrow.errors import UserError
-    from turnrow.training.base import resolve_model
 
     # what can be refused is refused before a large model is loaded
     check_new_folder(args.out)
     adapter = read_adapter(args.adapter)
-    base = args.base or adapter.base_name
-    if not base:
-        raise UserError(f"{args.adapter} does not name its base model: give --base MODEL")
-    base = resolve_model(base)
+    base = base_of(adapter, args.base)
     if args.unmerge:
         result = unmerge_files(args.adapter, base, args.out)
         print(f"took {args.adapter} out of {len(result.changes)} modules of {base}: wrote {result.path}")
