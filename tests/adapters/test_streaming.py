@@ -16,8 +16,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.tuners.models import build
 from turnrow import RocoftConfig
-from turnrow.adapters import load_adapter, load_base, merge_adapter, read_adapter
-from turnrow.adapters.streaming import ORIGINALS_NAME, merge_files, store_originals, unmerge_files, why_not_stream
+from turnrow.adapters import load_adapter, load_base, merge_adapter, read_adapter, skeleton
+from turnrow.adapters.streaming import (
+    ORIGINALS_NAME,
+    merge_files,
+    plan_merge,
+    store_originals,
+    unmerge_files,
+    why_not_stream,
+)
 from turnrow.cli.main import main
 from turnrow.errors import AdapterError, UserError
 
@@ -148,6 +155,23 @@ def test_what_cannot_be_taken_out_again_is_refused(case, tmp_path, make_bert, tr
     head = save(train_a_little(make_bert(), RocoftConfig(task_type="SEQ_CLS")), tmp_path / "head")
     with pytest.raises(UserError, match=r"also changes 'classifier\.bias', whole"):
         store_originals(head, base)
+
+
+def test_one_plan_serves_the_originals_and_the_merge(case, tmp_path, monkeypatch):
+    base, adapter = case("llama", METHODS["both"])
+    built = []
+    monkeypatch.setattr(
+        "turnrow.adapters.streaming.skeleton", lambda *arguments: built.append(arguments) or skeleton(*arguments)
+    )
+    arguments = ["merge", "--base", str(base), "--adapter", str(adapter), "--keep-base"]
+    assert main([*arguments, "--out", str(tmp_path / "merged")]) == 0
+    assert len(built) == 1
+    merge_files(adapter, base, tmp_path / "again")
+    assert_same_files(tmp_path / "merged", tmp_path / "again")
+    plan = plan_merge(read_adapter(adapter), base)
+    with pytest.raises(UserError, match=r"the plan is for \S+adapter and \S+base, not for \S+adapter and \S+merged"):
+        merge_files(adapter, tmp_path / "merged", tmp_path / "out", plan=plan)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_base_is_named_and_nothing_is_written(case, make_llama, tmp_path):

@@ -18,13 +18,21 @@ from turnrow.adapters.quantization import needed_package, quantization_config
 from turnrow.adapters.reading import read_adapter
 from turnrow.adapters.road_lora import RoadExport, export_road_lora
 from turnrow.adapters.sharded import save_adapter, whole_state_dict
-from turnrow.adapters.streaming import merge_files, store_originals, unmerge_files, why_not_stream
+from turnrow.adapters.streaming import (
+    MergePlan,
+    merge_files,
+    plan_merge,
+    store_originals,
+    unmerge_files,
+    why_not_stream,
+)
 
 __all__ = [
     "AdapterFile",
     "AdapterSummary",
     "Composition",
     "Extraction",
+    "MergePlan",
     "MergeResult",
     "ModuleSummary",
     "RoadExport",
@@ -41,6 +49,7 @@ __all__ = [
     "merge_adapter",
     "merge_files",
     "needed_package",
+    "plan_merge",
     "quantization_config",
     "read_adapter",
     "save_adapter",

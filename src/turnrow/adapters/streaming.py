@@ -42,7 +42,15 @@ from turnrow.adapters.writing import check_new_folder, copy_beside, new_folder
 from turnrow.errors import UserError
 from turnrow.ops.experts import FusedWeight
 
-__all__ = ["ORIGINALS_NAME", "merge_files", "store_originals", "unmerge_files", "why_not_stream"]
+__all__ = [
+    "ORIGINALS_NAME",
+    "MergePlan",
+    "merge_files",
+    "plan_merge",
+    "store_originals",
+    "unmerge_files",
+    "why_not_stream",
+]
 
 ORIGINALS_NAME = "rocoft_originals.safetensors"
 """Beside an adapter: what of the base its rows, columns or entries replace, ``{module}.{part}``, in the dtype of the base."""
@@ -52,9 +60,10 @@ _FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Where in the files of the base the weights are that an adapter changes."""
+class MergePlan:
+    """Where in the files of a base the weights are that an adapter changes. Making it builds the model without weights."""
 
+    adapter: AdapterFile
     checkpoint: Checkpoint
     model: PreTrainedModel
     """On the meta device."""
@@ -69,7 +78,7 @@ class _Plan:
 
 def why_not_stream(adapter: AdapterFile, base: str | os.PathLike[str]) -> str | None:
     """Why the files of `base` cannot be merged one weight at a time, in words; None if they can."""
-    found = _plan(adapter, base)
+    found = plan_merge(adapter, base)
     return found if isinstance(found, str) else None
 
 
@@ -80,6 +89,7 @@ def merge_files(
     *,
     processor: Any | None = None,
     check_base: bool = True,
+    plan: MergePlan | str | None = None,
 ) -> MergeResult:
     """Merge the adapter in `path` into the model in the folder `base` and write the result to `out`, all of it or nothing.
 
@@ -91,14 +101,15 @@ def merge_files(
         out: a new or empty folder.
         processor: a tokenizer or processor to save beside the model; None copies what lies beside the base.
         check_base: compare each weight with its fingerprint before it is changed.
+        plan: what `plan_merge` made of this adapter and base, if it was asked before; it is not made again.
 
     Raises:
         UserError: the base cannot be merged so (`why_not_stream`); it is another base; a merged weight overflows.
     """
     check_new_folder(out)
-    adapter = read_adapter(path)
+    plan = _checked_plan(path, base, plan)
+    adapter = plan.adapter
     check_finite(adapter)
-    plan = _checked_plan(adapter, base)
     changes: dict[str, tuple[float, float]] = {}
 
     def merge(module: str, weight: Tensor, bias: Tensor | None) -> None:
@@ -116,15 +127,24 @@ def merge_files(
     return MergeResult(Path(out), {name: changes[name] for name in adapter.modules}, sorted(adapter.saved_modules))
 
 
-def store_originals(path: str | os.PathLike[str], base: str | os.PathLike[str], *, check_base: bool = True) -> Path:
+def store_originals(
+    path: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    *,
+    check_base: bool = True,
+    plan: MergePlan | str | None = None,
+) -> Path:
     """Write what a RoCoFT adapter replaces in its base beside it, so that `unmerge_files` can put it back.
+
+    Args:
+        path, base, check_base, plan: as `merge_files` takes them.
 
     Raises:
         UserError: as `merge_files`; the adapter is no RoCoFT adapter, or changes biases or modules whole.
     """
-    adapter = read_adapter(path)
+    adapter = plan.adapter if isinstance(plan, MergePlan) else read_adapter(path)
     _check_restorable(adapter)
-    plan = _checked_plan(adapter, base)
+    plan = _checked_plan(path, base, plan)
     originals: dict[str, Tensor] = {}
     for module, name in plan.weights.items():
         header = plan.checkpoint.headers[plan.checkpoint.files[name]]
@@ -155,7 +175,7 @@ def unmerge_files(
             f"{adapter.path} has no {ORIGINALS_NAME}, so what it replaced is not known: write it from the base first (turnrow merge --keep-base)"
         )
     originals = load_file(adapter.path / ORIGINALS_NAME)
-    plan = _checked_plan(adapter, merged)
+    plan = _checked_plan(path, merged, plan_merge(adapter, merged))
     changes: dict[str, tuple[float, float]] = {}
 
     def unmerge(module: str, weight: Tensor, bias: Tensor | None) -> None:
@@ -182,7 +202,8 @@ def unmerge_files(
     return MergeResult(Path(out), {name: changes[name] for name in adapter.modules}, [])
 
 
-def _plan(adapter: AdapterFile, base: str | os.PathLike[str]) -> _Plan | str:
+def plan_merge(adapter: AdapterFile, base: str | os.PathLike[str]) -> MergePlan | str:
+    """The plan by which `merge_files` merges `adapter` into the files of `base`; in words why not, where they cannot be merged so."""
     if adapter.method not in ("ROCOFT", "ROAD"):
         return f"{adapter.method} adapters are merged in a model"
     if adapter.manifest is not None and adapter.manifest["base"].get("quantization") is not None:
@@ -222,19 +243,25 @@ def _plan(adapter: AdapterFile, base: str | os.PathLike[str]) -> _Plan | str:
                 return f"its {name!r} is {entry['dtype']} {entry['shape']}, the model's is {shapes[inner]}"
             found[module] = name
     rename = {name: inner for name, inner in in_model.items() if name != inner and inner in shapes}
-    return _Plan(checkpoint, model, rename, weights, biases, transposed)
+    return MergePlan(adapter, checkpoint, model, rename, weights, biases, transposed)
 
 
-def _checked_plan(adapter: AdapterFile, base: str | os.PathLike[str]) -> _Plan:
-    plan = _plan(adapter, base)
+def _checked_plan(
+    path: str | os.PathLike[str], base: str | os.PathLike[str], plan: MergePlan | str | None
+) -> MergePlan:
+    if plan is None:
+        plan = plan_merge(read_adapter(path), base)
     if isinstance(plan, str):
         raise UserError(f"{base} cannot be merged file by file: {plan}")
-    check_against_model(adapter, plan.model)
+    planned = plan.adapter.path, plan.checkpoint.folder
+    if planned != (Path(path), Path(base)):
+        raise UserError(f"the plan is for {planned[0]} and {planned[1]}, not for {path} and {base}: make it of these")
+    check_against_model(plan.adapter, plan.model)
     return plan
 
 
 def _write_model(
-    plan: _Plan,
+    plan: MergePlan,
     folder: Path,
     change: Callable[[str, Tensor, Tensor | None], None],
     saved: Mapping[str, Tensor],
@@ -271,18 +298,18 @@ def _write_model(
         write_index(folder, headers)
 
 
-def _saved(adapter: AdapterFile, plan: _Plan) -> dict[str, Tensor]:
+def _saved(adapter: AdapterFile, plan: MergePlan) -> dict[str, Tensor]:
     """Modules trained whole, in the dtype that the files have."""
     dtypes = [_dtype(plan, name) for name in plan.weights.values()]
     return {name: tensor.to(dtypes[0]) for name, tensor in adapter.saved_modules.items()}
 
 
-def _dtype(plan: _Plan, name: str) -> torch.dtype:
+def _dtype(plan: MergePlan, name: str) -> torch.dtype:
     """Of a tensor in the files."""
     return plan.checkpoint.headers[plan.checkpoint.files[name]].dtype(name)
 
 
-def _fits(plan: _Plan, name: str, tensor: Tensor) -> bool:
+def _fits(plan: MergePlan, name: str, tensor: Tensor) -> bool:
     """Whether a file has a place for a parameter that is replaced whole."""
     stored = next((own for own in plan.checkpoint.files if plan.rename.get(own, own) == name), None)
     if stored is None:
@@ -328,7 +355,7 @@ def _check_restorable(adapter: AdapterFile) -> None:
         raise UserError(f"{adapter.path} also changes {what}, which cannot be put back: keep the base model instead")
 
 
-def _write_config(plan: _Plan, folder: Path) -> None:
+def _write_config(plan: MergePlan, folder: Path) -> None:
     config = plan.model.config
     config.architectures = [type(plan.model).__name__]
     config.save_pretrained(folder)

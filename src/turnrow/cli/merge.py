@@ -52,12 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Merge, save model and tokenizer, and print how much changed."""
     from turnrow.adapters import (
+        MergePlan,
         load_processor,
         merge_files,
+        plan_merge,
         read_adapter,
         store_originals,
         unmerge_files,
-        why_not_stream,
     )
     from turnrow.adapters.writing import check_new_folder
 
@@ -69,13 +70,15 @@ def run(args: argparse.Namespace) -> int:
         result = unmerge_files(args.adapter, base, args.out)
         print(f"took {args.adapter} out of {len(result.changes)} modules of {base}: wrote {result.path}")
         return 0
+    loads = args.in_memory or args.dequantize
+    plan = None if loads and not args.keep_base else plan_merge(adapter, base)
+    check_base = not args.no_check_base
     if args.keep_base:
-        print(f"kept what it replaces in {store_originals(args.adapter, base, check_base=not args.no_check_base)}")
+        print(f"kept what it replaces in {store_originals(args.adapter, base, check_base=check_base, plan=plan)}")
     # a tokenizer that was saved with the adapter may have been given new tokens
     processor = load_processor(args.adapter)
-    reason = "--in-memory" if args.in_memory else why_not_stream(adapter, base)
-    if reason is None and not args.dequantize:
-        result = merge_files(args.adapter, base, args.out, processor=processor, check_base=not args.no_check_base)
+    if isinstance(plan, MergePlan) and not loads:
+        result = merge_files(args.adapter, base, args.out, processor=processor, check_base=check_base, plan=plan)
         print(f"merged {len(result.changes)} modules, one weight at a time, into {result.path}")
         processor = processor or load_processor(base)
     else:
