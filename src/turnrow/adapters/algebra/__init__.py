@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from turnrow.adapters.algebra.operations import Composition, compose, interpolate, scale, subtract
+from turnrow.adapters.algebra.operations import compose, interpolate, scale, subtract
+from turnrow.adapters.algebra.result import Composition
 
 __all__ = ["Composition", "compose", "interpolate", "scale", "subtract"]

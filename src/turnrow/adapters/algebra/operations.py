@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from turnrow.adapters.adapter_file import AdapterFile
-from turnrow.adapters.algebra.agreement import check_agreement, mean_of_saved_modules, same_tensors, saved_modules_of
+from turnrow.adapters.algebra.agreement import check_agreement, mean_of_saved_modules, saved_modules_of
 from turnrow.adapters.algebra.combination import Combination, check_combination
-from turnrow.adapters.algebra.road import Rotation, divide, interpolate_angles, multiply, rotations
+from turnrow.adapters.algebra.result import Composition, PathLike, Saved, write_result, write_road
+from turnrow.adapters.algebra.road import divide, interpolate_angles, multiply, rotations
 from turnrow.adapters.algebra.rocoft import combine_rocoft
-from turnrow.adapters.derived import write_derived_adapter
-from turnrow.adapters.fingerprint import WeightPrint
-from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
 from turnrow.adapters.numbers import is_number
 from turnrow.adapters.reading import read_adapter
 from turnrow.adapters.writing import check_new_folder
 from turnrow.errors import UserError
-from turnrow.ops.union import Overlap
 
-__all__ = ["Composition", "compose", "interpolate", "scale", "subtract"]
-
-PathLike = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Composition:
-    """What an operation has written."""
-
-    path: Path
-    """The folder of the new adapter."""
-    method: str
-    """``ROCOFT`` or ``ROAD``."""
-    modules: int
-    """How many modules it adapts."""
-    overlaps: dict[str, Overlap]
-    """By module: what more than one of the adapters changed, and was combined (RoCoFT). Modules without are left out."""
-    saved_modules: list[str]
-    """Parameters that it holds whole."""
+__all__ = ["compose", "interpolate", "scale", "subtract"]
 
 
 def compose(
@@ -95,7 +71,7 @@ def compose(
             raise UserError(
                 f"combination is {combination!r}; RoAd adapters are multiplied: 'linear' or 'mean' can be said of them"
             )
-        return _write_road(adapters, out, record, saved, multiply([rotations(a) for a in adapters], checked.weights))
+        return write_road(adapters, out, record, saved, multiply([rotations(a) for a in adapters], checked.weights))
     return _write_rocoft(adapters, out, record, saved, checked, seed)
 
 
@@ -113,7 +89,7 @@ def scale(path: PathLike, factor: float, out: PathLike) -> Composition:
     record = {"operation": "scale", "factor": factor}
     saved = saved_modules_of(adapters, None)
     if adapters[0].method == "ROAD":
-        return _write_road(adapters, out, record, saved, multiply([rotations(adapters[0])], [factor]))
+        return write_road(adapters, out, record, saved, multiply([rotations(adapters[0])], [factor]))
     return _write_rocoft(adapters, out, record, saved, Combination("linear", (float(factor),)), 0)
 
 
@@ -138,7 +114,7 @@ def subtract(
     saved = _saved(adapters, [path, other], choice, None)
     record = {"operation": "subtract"}
     if adapters[0].method == "ROAD":
-        return _write_road(adapters, out, record, saved, divide(rotations(adapters[0]), rotations(adapters[1])))
+        return write_road(adapters, out, record, saved, divide(rotations(adapters[0]), rotations(adapters[1])))
     return _write_rocoft(adapters, out, record, saved, Combination("linear", (1.0, -1.0)), 0)
 
 
@@ -169,11 +145,8 @@ def interpolate(
     record = {"operation": "interpolate", "t": t}
     if adapters[0].method == "ROAD":
         between = interpolate_angles(rotations(adapters[0]), rotations(adapters[1]), t)
-        return _write_road(adapters, out, record, saved, between)
+        return write_road(adapters, out, record, saved, between)
     return _write_rocoft(adapters, out, record, saved, Combination("linear", weights), 0)
-
-
-Saved = tuple[dict[str, Tensor], list[str] | None]
 
 
 def _read(paths: Sequence[PathLike], out: PathLike, *, check_base: bool) -> list[AdapterFile]:
@@ -214,98 +187,8 @@ def _write_rocoft(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         combined = combine_rocoft(adapters, combination)
-    _write(adapters, out, combined.modules, combined.config, record, saved)
+    write_result(adapters, out, combined.modules, combined.config, record, saved)
     return Composition(Path(out), "ROCOFT", len(combined.modules), combined.overlaps, sorted(saved[0]))
-
-
-def _write_road(
-    adapters: Sequence[AdapterFile], out: PathLike, record: dict[str, Any], saved: Saved, combined: dict[str, Rotation]
-) -> Composition:
-    dtype = torch.float32
-    for adapter in adapters:
-        for tensors in adapter.modules.values():
-            for tensor in tensors.values():
-                dtype = torch.promote_types(dtype, tensor.dtype)
-    modules = {
-        name: {"road_theta": rotation.theta.to(dtype), "road_alpha": rotation.alpha.to(dtype)}
-        for name, rotation in combined.items()
-    }
-    like = next(iter(combined.values()))
-    config = {"variant": like.variant, "group_size": like.group_size, "target_modules": sorted(combined)}
-    _write(adapters, out, modules, config, record, saved)
-    return Composition(Path(out), "ROAD", len(modules), {}, sorted(saved[0]))
-
-
-def _write(
-    adapters: Sequence[AdapterFile],
-    out: PathLike,
-    modules: dict[str, dict[str, Tensor]],
-    config: dict[str, Any],
-    record: dict[str, Any],
-    saved: Saved,
-) -> None:
-    tensors = {f"{KEY_PREFIX}{name}": tensor for name, tensor in saved[0].items()}
-    tensors |= {f"{KEY_PREFIX}{name}.{key}": tensor for name, own in modules.items() for key, tensor in own.items()}
-    bad = next((key for key, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
-    if bad is not None:
-        raise UserError(f"the result overflows: {bad} has values that are not finite in {tensors[bad].dtype}")
-    whole = adapters[0].config | config | {"modules_to_save": saved[1], "inference_mode": True}
-    known = next((a for a in adapters if a.manifest is not None), adapters[0])
-    base = {k: v for k, v in (known.manifest or {}).get("base", {}).items() if k not in ("modules", "head")}
-    base |= _head(adapters, saved)
-    write_derived_adapter(
-        out,
-        whole,
-        tensors,
-        base=base,
-        prints=_prints(adapters, modules),
-        provenance={**record, "sources": [_source(adapter) for adapter in adapters]},
-        beside=_owner(adapters, saved).path,
-    )
-
-
-def _owner(adapters: Sequence[AdapterFile], saved: Saved) -> AdapterFile:
-    """The adapter whose modules trained whole the result has, else the first: its task and tokenizer are the result's too."""
-    return next((a for a in adapters if saved[0] and same_tensors(a.saved_modules, saved[0])), adapters[0])
-
-
-def _head(adapters: Sequence[AdapterFile], saved: Saved) -> dict[str, Any]:
-    """The label names that belong to the classifier which the result has, if an adapter recorded them."""
-    agreed = len({json.dumps(_recorded_head(adapter)) for adapter in adapters}) == 1
-    for adapter in adapters:
-        head, own = _recorded_head(adapter), adapter.saved_modules
-        fits = same_tensors(own, saved[0]) or (agreed and own.keys() == saved[0].keys())
-        if saved[0] and head is not None and fits:
-            return {"head": head}
-    return {}
-
-
-def _recorded_head(adapter: AdapterFile) -> Any:
-    return (adapter.manifest or {}).get("base", {}).get("head")
-
-
-def _prints(adapters: Sequence[AdapterFile], modules: dict[str, dict[str, Tensor]]) -> dict[str, WeightPrint]:
-    """Of each module the fingerprint from the first adapter that has one, and from where in the weight it was taken."""
-    prints: dict[str, WeightPrint] = {}
-    for owner in adapters:
-        for name, found in owner.base_prints.items():
-            if name in prints or name not in modules:
-                continue
-            own = found.own
-            if own is None:
-                own = {key: t for key, t in owner.modules.get(name, {}).items() if key.endswith("_index")}
-            prints[name] = WeightPrint(found.shape, found.transposed, found.sample, own or None)
-    return prints
-
-
-def _source(adapter: AdapterFile) -> dict[str, Any]:
-    manifest = adapter.manifest or {}
-    weights = manifest.get("files", {}).get(WEIGHTS_NAME, {})
-    return {
-        "adapter": adapter.path.name,
-        "sha256": weights.get("sha256"),
-        "provenance": manifest.get("provenance", {}),
-    }
 
 
 def _check_number(name: str, value: float) -> None:

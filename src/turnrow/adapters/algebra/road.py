@@ -8,7 +8,7 @@ what is not all road_1 becomes road_2.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -20,7 +20,7 @@ from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.errors import UserError
 from turnrow.ops import pairs
 
-__all__ = ["Rotation", "divide", "interpolate_angles", "multiply", "rotations"]
+__all__ = ["Rotation", "divide", "interpolate_angles", "multiply", "road_adapter", "rotations"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,24 @@ def rotations(adapter: AdapterFile) -> dict[str, Rotation]:
         )
         for name, tensors in adapter.modules.items()
     }
+
+
+def road_adapter(
+    combined: Mapping[str, Rotation], sources: Iterable[Mapping[str, Tensor]]
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """What the configuration says of rotations of one variant and pairing, and their tensors by module.
+
+    Args:
+        combined: by module.
+        sources: tensors of which they were made: those of the result are as wide as the widest, and at least float32.
+    """
+    dtype = reduce(torch.promote_types, (t.dtype for tensors in sources for t in tensors.values()), torch.float32)
+    modules = {
+        name: {"road_theta": rotation.theta.to(dtype), "road_alpha": rotation.alpha.to(dtype)}
+        for name, rotation in combined.items()
+    }
+    like = next(iter(combined.values()))
+    return {"variant": like.variant, "group_size": like.group_size, "target_modules": sorted(combined)}, modules
 
 
 def multiply(factors: Sequence[dict[str, Rotation]], exponents: Sequence[float]) -> dict[str, Rotation]:
