@@ -6,7 +6,7 @@ Files are peft's (``adapter_config.json`` and ``adapter_model.safetensors``); ``
 from __future__ import annotations
 
 from turnrow.adapters.adapter_file import AdapterFile
-from turnrow.adapters.algebra import Composition, compose, interpolate, scale, subtract
+from turnrow.adapters.algebra import Composition, Regrouping, compose, interpolate, regroup, scale, subtract
 from turnrow.adapters.base_model import load_base, load_for_task, load_processor, skeleton
 from turnrow.adapters.extraction import Extraction, extract_adapter
 from turnrow.adapters.inspection import AdapterSummary, ModuleSummary, inspect_adapter
@@ -35,6 +35,7 @@ __all__ = [
     "MergePlan",
     "MergeResult",
     "ModuleSummary",
+    "Regrouping",
     "RoadExport",
     "compose",
     "export_lora",
@@ -52,6 +53,7 @@ __all__ = [
     "plan_merge",
     "quantization_config",
     "read_adapter",
+    "regroup",
     "save_adapter",
     "scale",
     "skeleton",

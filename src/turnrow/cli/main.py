@@ -29,6 +29,7 @@ _COMMANDS = (
     "scale",
     "subtract",
     "interpolate",
+    "regroup",
     "extract",
     "merge",
     "export_lora",

@@ -25,8 +25,10 @@ __all__ = [
     "are_neighbours",
     "as_complex",
     "coefficients",
+    "diagonal",
     "inverse",
     "is_invertible",
+    "off_diagonal",
     "parameter_size",
     "parameters",
     "places",
@@ -256,6 +258,23 @@ def parameters(blocks: Blocks) -> tuple[Tensor, Tensor]:
     c1, s1, c2, s2 = blocks
     c, s = torch.stack((c1, c2), dim=-2), torch.stack((s1, s2), dim=-2)
     return torch.atan2(s, c).flatten(), torch.hypot(c, s).flatten()
+
+
+def diagonal(blocks: Blocks) -> Tensor:
+    """R_jj for every output feature j, (out,).
+
+    It is all of R that another group size can hold: with g the feature j is paired with j + g / 2 or j - g / 2, so that pairings
+    of two group sizes have no pair in common, and every entry beside the diagonal of one R is zero in the other. For the same reason
+    diag(R) is the R of another group size that is nearest in the Frobenius norm.
+    """
+    c1, _, c2, _ = blocks
+    return torch.stack((c1, c2), dim=-2).flatten(-3)
+
+
+def off_diagonal(blocks: Blocks) -> Tensor:
+    """The entry of R beside the diagonal in the row of every output feature, (out,)."""
+    _, s1, _, s2 = blocks
+    return torch.stack((-s1, s2), dim=-2).flatten(-3)
 
 
 def split(features: Tensor, block_entry: Tensor) -> Tensor:

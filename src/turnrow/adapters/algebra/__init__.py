@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from turnrow.adapters.algebra.operations import compose, interpolate, scale, subtract
+from turnrow.adapters.algebra.regrouping import Regrouping, regroup
 from turnrow.adapters.algebra.result import Composition
 
-__all__ = ["Composition", "compose", "interpolate", "scale", "subtract"]
+__all__ = ["Composition", "Regrouping", "compose", "interpolate", "regroup", "scale", "subtract"]

@@ -20,7 +20,7 @@ from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.errors import UserError
 from turnrow.ops import pairs
 
-__all__ = ["Rotation", "divide", "interpolate_angles", "multiply", "road_adapter", "rotations"]
+__all__ = ["Rotation", "divide", "interpolate_angles", "multiply", "of_one_variant", "road_adapter", "rotations"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,23 @@ class Rotation:
         theta = (1 - t) * theta + t * other_theta
         return Rotation(ours.variant, ours.group_size, theta, alpha ** (1 - t) * other_alpha**t)
 
+    def regrouped(self, group_size: int) -> Rotation:
+        """What another pairing can hold of this one, the nearest in the Frobenius norm: its scales. See `pairs.diagonal`."""
+        if group_size == self.group_size:
+            return self
+        scales = pairs.diagonal(self.blocks)
+        return Rotation("road_2", group_size, torch.zeros_like(scales), scales)
+
+    def smallest(self) -> Rotation:
+        """The same rotation as road_1 where both features of every pair have one angle and one scale, else as road_2."""
+        if self.variant == "road_1":
+            return self
+        general = self._general()
+        theta, alpha = (t.view(-1, 2, self.group_size // 2) for t in (general.theta, general.alpha))
+        if not (torch.equal(theta[:, 0], theta[:, 1]) and torch.equal(alpha[:, 0], alpha[:, 1])):
+            return general
+        return Rotation("road_1", self.group_size, theta[:, 0].flatten(), alpha[:, 0].flatten())
+
     def _general(self) -> Rotation:
         return self if self.variant == "road_2" else Rotation.of_blocks(self.blocks, self.group_size)
 
@@ -125,6 +142,13 @@ def road_adapter(
     return {"variant": like.variant, "group_size": like.group_size, "target_modules": sorted(combined)}, modules
 
 
+def of_one_variant(combined: dict[str, Rotation]) -> dict[str, Rotation]:
+    """The same rotations by module, all as road_2 where their variants differ: an adapter has one."""
+    if len({rotation.variant for rotation in combined.values()}) == 1:
+        return combined
+    return {name: rotation._general() for name, rotation in combined.items()}
+
+
 def multiply(factors: Sequence[dict[str, Rotation]], exponents: Sequence[float]) -> dict[str, Rotation]:
     """The rotations one after the other, each to its exponent; a module that only some have is left alone by the others."""
     return _by_module(
@@ -159,12 +183,11 @@ def _by_module(
             raise UserError(
                 f"module {name!r} is rotated in pairs of group_size {' and '.join(map(str, sizes))}: one adapter turns features together "
                 "that the other turns with different ones, and their product pairs none. Merge one into the base and train or "
-                "load the other on that (turnrow merge)"
+                "load the other on that (turnrow merge); or bring one to the other's pairs, where it only scales or its turns may be lost "
+                "(turnrow regroup)"
             )
         try:
             combined[name] = combine(own)
         except ZeroDivisionError as error:
             raise UserError(f"the rotation of module {name!r} cannot be undone: {error}") from error
-    if len({rotation.variant for rotation in combined.values()}) > 1:
-        combined = {name: rotation._general() for name, rotation in combined.items()}
-    return combined
+    return of_one_variant(combined)
