@@ -16,6 +16,7 @@ from turnrow.adapters.manifest import write_manifest
 from turnrow.adapters.merging import MergeResult, merge_adapter
 from turnrow.adapters.quantization import needed_package, quantization_config
 from turnrow.adapters.reading import read_adapter
+from turnrow.adapters.road_import import RoadImport, import_road
 from turnrow.adapters.road_lora import RoadExport, export_road_lora
 from turnrow.adapters.sharded import save_adapter, whole_state_dict
 from turnrow.adapters.streaming import (
@@ -37,10 +38,12 @@ __all__ = [
     "ModuleSummary",
     "Regrouping",
     "RoadExport",
+    "RoadImport",
     "compose",
     "export_lora",
     "export_road_lora",
     "extract_adapter",
+    "import_road",
     "inspect_adapter",
     "interpolate",
     "load_adapter",

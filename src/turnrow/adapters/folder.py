@@ -26,6 +26,7 @@ __all__ = [
     "adapter_folder",
     "read_config",
     "read_json_object",
+    "read_tensor_file",
     "read_tensors",
     "split_by_module",
 ]
@@ -119,6 +120,15 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise AdapterError(
             f"the folder {folder} has no {WEIGHTS_NAME} (it holds {', '.join(sorted(e.name for e in folder.iterdir()))})"
         )
+    return read_tensor_file(path)
+
+
+def read_tensor_file(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        AdapterError: it is a Git LFS pointer, truncated, damaged or of another format, or holds no tensors.
+    """
     with path.open("rb") as file:
         if file.read(20).startswith(b"version https://git"):
             raise AdapterError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")

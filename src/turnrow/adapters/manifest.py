@@ -41,6 +41,7 @@ from turnrow.errors import AdapterError, UserError
 __all__ = [
     "FORMAT_VERSION",
     "MANIFEST_NAME",
+    "describe_base",
     "read_manifest",
     "store_manifest",
     "verify_weights_file",
@@ -83,7 +84,7 @@ def write_manifest(path: str | os.PathLike[str], model: PeftModel, **provenance:
             for name, layer in layers.items()
             if name in modules
         }
-    described = _describe_base(base, has_head=bool(rest))
+    described = describe_base(base, has_head=bool(rest))
     return store_manifest(folder, described, {k: v for k, v in prints.items() if v is not None}, provenance)
 
 
@@ -207,7 +208,7 @@ def _check_unmerged_and_complete(
         )
 
 
-def _describe_base(base: torch.nn.Module, *, has_head: bool) -> dict[str, Any]:
+def describe_base(base: torch.nn.Module, *, has_head: bool) -> dict[str, Any]:
     """Name, class and dtype of the base, and the label names where the adapter brings its own head."""
     config = getattr(base, "config", None)
     weight = next((parameter for parameter in base.parameters() if parameter.is_floating_point()), None)

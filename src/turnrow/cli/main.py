@@ -30,6 +30,7 @@ _COMMANDS = (
     "subtract",
     "interpolate",
     "regroup",
+    "import_road",
     "extract",
     "merge",
     "export_lora",

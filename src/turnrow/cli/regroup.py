@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> int:
 
     regrouping = regroup(args.adapter, args.group_size, args.out, nearest=args.nearest)
     kept = f", and {', '.join(regrouping.saved_modules)} whole" if regrouping.saved_modules else ""
-    lost = f"leaves out {regrouping.residual:.2%} of ||R - I|| (by Frobenius norm)"
+    effect = f"leaves out {regrouping.residual:.2%} of ||R - I|| (by Frobenius norm)"
     print(
         f"wrote {regrouping.path}: ROAD adapter ({regrouping.variant}, group_size {regrouping.group_size}) of "
-        f"{len(regrouping.norms)} modules{kept}, which {lost if regrouping.residual else 'does the same as before'}"
+        f"{len(regrouping.norms)} modules{kept}, which {effect if regrouping.residual else 'does the same as before'}"
     )
     losing = [name for name, (_, lost) in regrouping.norms.items() if lost]
     if losing:
