@@ -351,7 +351,7 @@ def with_heads(make_bert, train_a_little, save, tmp_path):
     return folders
 
 
-def test_classifiers_that_differ_have_to_be_chosen_from(with_heads, tmp_path):
+def test_classifiers_that_differ_have_to_be_chosen_from(with_heads, make_bert, tmp_path):
     first, second = with_heads
     with pytest.raises(UserError, match="say whose the result shall have"):
         compose(with_heads, tmp_path / "both")
@@ -380,6 +380,8 @@ def test_classifiers_that_differ_have_to_be_chosen_from(with_heads, tmp_path):
     assert torch.equal(heads["equal"], mine)
     assert of["first"].saved_modules == ["classifier.bias", "classifier.weight"]
     assert read_adapter(of["first"].path).config["modules_to_save"] == read_adapter(first).config["modules_to_save"]
+    load_adapter(make_bert(), of["none"].path)  # on the head that the base has
+    assert compose([of["none"].path, first], tmp_path / "h").saved_modules == of["first"].saved_modules
     with pytest.raises(UserError, match=r"saved_modules_of is 'elsewhere'; it must be one of .*first"):
         compose(with_heads, tmp_path / "both", saved_modules_of="elsewhere")
 
@@ -457,3 +459,11 @@ def test_further_bad_arguments(make, write, golden_road, tmp_path):
     with pytest.raises(UserError, match="is not empty"):
         scale(folder, 1, folder)
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "ROAD"
+
+
+def test_adapters_for_two_tasks_are_refused(make, tmp_path):
+    first, second = make(rocoft(), "first"), make(rocoft(), "second")
+    config = json.loads((second / "adapter_config.json").read_text())
+    (second / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
+    with pytest.raises(UserError, match="is for the task type SEQ_CLS, .* for CAUSAL_LM: they share no model"):
+        compose([first, second], tmp_path / "both")

@@ -12,12 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from turnrow.adapters.fingerprint import WeightPrint
-from turnrow.adapters.folder import CONFIG_NAME, WEIGHTS_NAME
+from turnrow.adapters.folder import CONFIG_NAME, WEIGHTS_NAME, split_by_module
 from turnrow.adapters.manifest import store_manifest
 from turnrow.adapters.reading import read_adapter
 from turnrow.adapters.writing import copy_beside, new_folder
 
 __all__ = ["write_derived_adapter"]
+
+_TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""Of these peft takes the head to be trained whole, and does not load an adapter that lacks it."""
 
 
 def write_derived_adapter(
@@ -33,7 +36,7 @@ def write_derived_adapter(
     """Write the three files of an adapter into the new folder `out`, and read them again before it takes its name.
 
     Args:
-        config: ``adapter_config.json``.
+        config: ``adapter_config.json``. Without a head among `tensors` it names the class of the base instead of a task that has one.
         tensors: by their full keys.
         base, prints, provenance: as `store_manifest` takes them.
         beside: a folder whose other small files come along, such as the task and the tokenizer.
@@ -41,6 +44,7 @@ def write_derived_adapter(
     Raises:
         UserError: `out` is not empty; what was made is no valid adapter.
     """
+    config = _without_missing_head(config, tensors, base)
     with new_folder(out) as folder:
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file({key: t.contiguous() for key, t in tensors.items()}, folder / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -49,3 +53,13 @@ def write_derived_adapter(
             # no weights, and no description of the one adapter alone
             copy_beside(beside, folder, but=(".safetensors", ".bin", ".md"))
         read_adapter(folder)
+
+
+def _without_missing_head(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    has_head = bool(split_by_module(config["peft_type"], tensors)[1])
+    if has_head or config.get("task_type") not in _TASKS_WITH_HEAD:
+        return config
+    named = {"base_model_class": base["class"], "parent_library": "transformers"} if base.get("class") else None
+    return {**config, "task_type": None, "auto_mapping": config.get("auto_mapping") or named}

@@ -189,8 +189,8 @@ def _module(path: Path, name: str, base: PreTrainedModel) -> nn.Module:
     named = dict(base.named_modules())
     if name not in named:
         raise AdapterError(
-            f"{path}: the base, a {type(base).__name__}, has no module {name!r}{near_matches(name, named)}. Names that differ are "
-            "brought to the base's by rename={'old': 'new'} (--rename OLD=NEW)"
+            f"{path}: the base, a {type(base).__name__}, has no module {name!r} (names are brought to the base's "
+            f"by rename={{'old': 'new'}}, --rename OLD=NEW){near_matches(name, named)}"
         )
     if not isinstance(named[name], (nn.Linear, Conv1D)):
         raise AdapterError(

@@ -38,7 +38,7 @@ def check_agreement(adapters: Sequence[AdapterFile], *, check_base: bool) -> Non
                 "get_peft_model(..., mixed=True)"
             )
         tasks = [adapter.config.get("task_type") for adapter in (first, other)]
-        if tasks[0] != tasks[1]:
+        if None not in tasks and tasks[0] != tasks[1]:
             raise UserError(
                 f"{first.path} is for the task type {tasks[0]}, {other.path} for {tasks[1]}: they share no model"
             )
