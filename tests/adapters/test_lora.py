@@ -92,19 +92,6 @@ def test_stock_peft_loads_it_with_a_change_of_every_weight_equal_to_ours(
     torch.testing.assert_close(logits(lora), expected, rtol=0, atol=1e-6)
 
 
-def test_what_servers_ask_for(tmp_path, make_bert, train_a_little, save):
-    """The rules of vLLM's loader: names, shapes, alpha = r, no biases, no modules_to_save but classifier and score."""
-    model = train_a_little(make_bert(), RocoftConfig(task_type="SEQ_CLS", target_modules=["query"]))
-    config, tensors = read(export_lora(save(model, tmp_path / "ours"), tmp_path / "lora"))
-    assert config["modules_to_save"] == ["classifier"]
-    assert config["target_modules"] == [f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)]
-    assert config["lora_alpha"] == config["r"] == 3
-    for name in config["target_modules"]:
-        assert tensors.pop(f"base_model.model.{name}.lora_A.weight").shape == (3, 16)
-        assert tensors.pop(f"base_model.model.{name}.lora_B.weight").shape == (16, 3)
-    assert sorted(tensors) == ["base_model.model.classifier.bias", "base_model.model.classifier.weight"]
-
-
 def test_sizes_come_from_the_manifest_or_from_a_base_on_the_meta_device(tmp_path, make_llama, train_a_little, save):
     base = make_llama()
     base.save_pretrained(tmp_path / "base")

@@ -12,6 +12,7 @@ from turnrow.adapters.extraction import Extraction, extract_adapter
 from turnrow.adapters.inspection import AdapterSummary, ModuleSummary, inspect_adapter
 from turnrow.adapters.loading import load_adapter
 from turnrow.adapters.lora import export_lora
+from turnrow.adapters.lora_rules import BrokenRule, broken_rules, max_lora_rank
 from turnrow.adapters.manifest import write_manifest
 from turnrow.adapters.merging import MergeResult, merge_adapter
 from turnrow.adapters.quantization import needed_package, quantization_config
@@ -31,6 +32,7 @@ from turnrow.adapters.streaming import (
 __all__ = [
     "AdapterFile",
     "AdapterSummary",
+    "BrokenRule",
     "Composition",
     "Extraction",
     "MergePlan",
@@ -39,6 +41,7 @@ __all__ = [
     "Regrouping",
     "RoadExport",
     "RoadImport",
+    "broken_rules",
     "compose",
     "export_lora",
     "export_road_lora",
@@ -50,6 +53,7 @@ __all__ = [
     "load_base",
     "load_for_task",
     "load_processor",
+    "max_lora_rank",
     "merge_adapter",
     "merge_files",
     "needed_package",

@@ -5,8 +5,8 @@ rows A = delta (r, in), B (out, r) one-hot; columns A (r, in) one-hot, B = delta
 other, of rank 2 r. With alpha = r the scaling is 1 for every module, and each entry of B A is one product with 1 plus zeros,
 so it equals delta exactly.
 
-The file keeps to what vLLM's loader accepts as well as peft's: plain `lora_A` and `lora_B` names, no biases, no modules
-trained whole but `classifier` and `score`.
+The file keeps to what vLLM's loader accepts as well as peft's, see `turnrow.adapters.lora_rules`; what it cannot keep to there
+(a rank above 512, experts) `broken_rules` says of the result.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from turnrow.adapters.checks import check_against_model, check_finite
 from turnrow.adapters.expert_lora import expert_loras
 from turnrow.adapters.fingerprint import weight_shape
 from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
+from turnrow.adapters.lora_rules import SAVED, check_saved_modules
 from turnrow.adapters.low_rank import low_rank_factors
 from turnrow.adapters.reading import read_adapter
 from turnrow.adapters.writing import new_folder
 from turnrow.errors import UserError
 from turnrow.ops import columns, rows
 
-__all__ = ["check_saved_modules", "export_lora", "lora_config"]
-
-_ALLOWED_SAVED = ("classifier", "score")
+__all__ = ["export_lora", "lora_config"]
 
 
 def export_lora(
@@ -100,16 +99,6 @@ def _check_exportable(adapter: AdapterFile) -> None:
     check_saved_modules(adapter)
 
 
-def check_saved_modules(adapter: AdapterFile) -> None:
-    """Refuse an adapter with modules trained whole that LoRA servers do not take."""
-    other = [name for name in adapter.saved_modules if not set(_ALLOWED_SAVED) & set(name.split("."))]
-    if other:
-        raise UserError(
-            f"{adapter.path} holds {other[0]!r} trained whole, and LoRA servers take only {' and '.join(_ALLOWED_SAVED)} beside the "
-            "low-rank tensors: train without it in modules_to_save, or merge it into the base (`turnrow merge`)"
-        )
-
-
 def _factors(adapter: AdapterFile, base: torch.nn.Module | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return {
         module: low_rank_factors(tensors, rows, columns, *_shape(adapter, module, base))
@@ -134,7 +123,7 @@ def lora_config(adapter: AdapterFile, ranks: dict[str, int], ranks_of_experts: d
     """The configuration of a LoRA with these ranks by module, and by fused weight; its scaling is 1."""
     r = max([*ranks.values(), *ranks_of_experts.values()])
     lower = {name: rank for name, rank in (ranks | ranks_of_experts).items() if rank != r}
-    saved = sorted({part for name in adapter.saved_modules for part in name.split(".") if part in _ALLOWED_SAVED})
+    saved = sorted({part for name in adapter.saved_modules for part in name.split(".") if part in SAVED})
     prints = [adapter.base_prints[module] for module in ranks if module in adapter.base_prints]
     config = LoraConfig(
         task_type=adapter.config.get("task_type"),

@@ -21,7 +21,8 @@ from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.adapters.checks import check_against_model, check_base, check_finite
 from turnrow.adapters.fingerprint import is_plain
 from turnrow.adapters.folder import KEY_PREFIX, WEIGHTS_NAME
-from turnrow.adapters.lora import check_saved_modules, lora_config
+from turnrow.adapters.lora import lora_config
+from turnrow.adapters.lora_rules import check_saved_modules
 from turnrow.adapters.numbers import is_count
 from turnrow.adapters.reading import read_adapter
 from turnrow.adapters.writing import check_new_folder, new_folder

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export and print the rank, which the server's largest allowed rank must reach."""
+    """Export and print the rank, which the server's largest allowed rank must reach, and the rules that the result breaks."""
     from turnrow.adapters import export_lora, read_adapter, skeleton
     from turnrow.training.base import resolve_model
 
@@ -45,11 +45,12 @@ def run(args: argparse.Namespace) -> int:
     out = export_lora(args.adapter, args.out, base=base)
     written = read_adapter(out)
     print(f"wrote {out}: LoRA of rank {written.config['r']} for {len(written.modules)} modules, scaling 1")
+    _print_rules(written)
     return 0
 
 
 def _export_road(args: argparse.Namespace, adapter: AdapterFile) -> int:
-    from turnrow.adapters import export_road_lora, load_base
+    from turnrow.adapters import export_road_lora, load_base, read_adapter
     from turnrow.errors import UserError
     from turnrow.training.quiet import without_load_report
 
@@ -69,4 +70,16 @@ def _export_road(args: argparse.Namespace, adapter: AdapterFile) -> int:
         print(
             f"and the turns of {len(export.biases)} biases, which no LoRA holds (norms up to {max(export.biases.values()):.4g})"
         )
+    _print_rules(read_adapter(export.path))
     return 0
+
+
+def _print_rules(written: AdapterFile) -> None:
+    """Whether a server that keeps to vLLM's rules takes it; peft does in any case."""
+    from turnrow.adapters import broken_rules, max_lora_rank
+
+    broken = broken_rules(written)
+    for rule in broken:
+        print(f"vLLM refuses it: {rule}")
+    if not broken:
+        print(f"vLLM takes it with max_lora_rank {max_lora_rank(written.config['r'])} or more")
