@@ -59,6 +59,25 @@ def test_manifest_adds_shapes_versions_and_provenance(tmp_path, make_llama, trai
     json.dumps(summary.to_dict(), allow_nan=False)
 
 
+def test_a_recipe_is_told_by_its_digest_in_old_manifests_too(tmp_path, make_llama, train_a_little, save):
+    model = train_a_little(make_llama(), RocoftConfig(r=1, target_modules=["down_proj"]))
+    save(model, tmp_path, recipe={"seed": 3})
+    digest = inspect_adapter(tmp_path).recipe_sha256
+    manifest = json.loads((tmp_path / "turnrow.json").read_text())
+    assert digest == manifest["provenance"]["recipe_sha256"]
+
+    def told(provenance):
+        (tmp_path / "turnrow.json").write_text(json.dumps(manifest | {"provenance": provenance}))
+        return inspect_adapter(tmp_path).recipe_sha256
+
+    assert told({"recipe": {"seed": 3}}) == digest
+    assert told({"recipe": {"seed": 3}, "recipe_sha256": "of another turnrow"}) == digest
+    assert told({"recipe_sha256": digest}) == digest
+    assert told({"recipe": {"seed": math.nan}}) is None
+    assert told({"recipe": "by hand", "recipe_sha256": 3}) is None
+    assert told({}) is None
+
+
 def test_layer_10_comes_after_layer_2(write):
     tensors = {}
     for layer in (10, 2, 1):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from turnrow import RoadConfig, RocoftConfig
 from turnrow.adapters import read_adapter, write_manifest
 from turnrow.adapters.fingerprint import fingerprint
+from turnrow.adapters.manifest import recipe_sha256
 from turnrow.errors import UserError
 
 TARGETS = ["query", "value"]
@@ -45,7 +49,8 @@ def test_records_digest_versions_base_and_provenance(saved):
     assert {"peft", "transformers", "torch"} <= manifest["versions"].keys()
     assert manifest["base"]["class"] == "BertForSequenceClassification"
     assert manifest["base"]["dtype"] == "float32"
-    assert manifest["provenance"] == {"recipe": {"seed": 3}, "metrics": {"accuracy": 0.5}}
+    expected = hashlib.sha256(b'{"seed":3}').hexdigest()
+    assert manifest["provenance"] == {"recipe": {"seed": 3}, "metrics": {"accuracy": 0.5}, "recipe_sha256": expected}
     assert read_adapter(folder).manifest == manifest
 
 
@@ -102,6 +107,113 @@ def test_provenance_that_is_no_json_is_named(saved):
         with pytest.raises(UserError, match=r"provenance \['score'\] cannot be written as JSON"):
             write_manifest(folder, model, score=value)
     assert (folder / "turnrow.json").read_text() == before
+
+
+# --- the digest of a recipe -----------------------------------------------------------------------------------------
+
+RECIPE = {
+    "model": "org/model-1.5",
+    "data": {"train": "data/train.jsonl", "validation": None, "test": "org/data"},
+    "method": {"name": "rocoft", "r": 3, "indices": "indices.json"},
+    "training": {"learning_rate": 0.001, "num_train_epochs": 1.0},
+    "quantization": None,
+    "seed": 0,
+}
+
+
+def changed(*path_and_value):
+    *path, name, value = path_and_value
+    recipe = copy.deepcopy(RECIPE)
+    holder = recipe
+    for part in path:
+        holder = holder[part]
+    holder[name] = value
+    return recipe
+
+
+def test_the_digest_of_a_recipe_is_that_of_its_canonical_json():
+    canonical = (
+        '{"data":{"test":"org/data","train":"train.jsonl"},"method":{"indices":"indices.json","name":"rocoft","r":3},'
+        '"model":"org/model-1.5","seed":0,"training":{"learning_rate":0.001,"num_train_epochs":1}}'
+    )
+    assert recipe_sha256(RECIPE) == hashlib.sha256(canonical.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        dict(reversed(RECIPE.items())),
+        changed("training", {"num_train_epochs": 1, "learning_rate": 1e-3}),
+        changed("output_dir", "runs/elsewhere"),
+        changed("a_field_of_later", None),
+        changed("data", "train", "/home/me/train.jsonl"),
+        changed("data", "train", "../data/train.jsonl"),
+        changed("data", "train", "C:\\data\\train.jsonl"),
+        changed("data", "train", "train.jsonl"),
+        changed("method", "indices", "runs/chosen/indices.json"),
+        {key: value for key, value in RECIPE.items() if value is not None},
+    ],
+)
+def test_where_files_lie_and_how_the_recipe_was_written_change_nothing(recipe):
+    assert recipe_sha256(recipe) == recipe_sha256(RECIPE)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        changed("seed", 1),
+        changed("model", "other/model-1.5"),
+        changed("data", "test", "other/data"),
+        changed("data", "train", "data/test.jsonl"),
+        changed("data", "validation", "data/train.jsonl"),
+        changed("method", "indices", None),
+        changed("method", "indices", [0, 1]),
+        changed("method", "bias", False),
+        changed("training", "learning_rate", 0.002),
+    ],
+)
+def test_what_decides_a_run_changes_the_digest(recipe):
+    assert recipe_sha256(recipe) != recipe_sha256(RECIPE)
+
+
+def test_folders_of_a_model_and_ids_that_are_none():
+    digests = {
+        recipe_sha256(changed("model", place))
+        for place in ("/models/llama", "models/x/llama", "~/x/llama", "./llama/", "llama")
+    }
+    assert len(digests) == 1
+    assert len({recipe_sha256(changed("model", place)) for place in ("models/llama", "llama", "package:llama")}) == 3
+    for place in ("/", "..", ""):
+        recipe_sha256(changed("model", place))
+
+
+KEYS = st.text(max_size=4)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def reordered(value):
+    if isinstance(value, dict):
+        return {key: reordered(value[key]) for key in reversed(value)}
+    return [reordered(inner) for inner in value] if isinstance(value, list) else value
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=4))
+def test_any_json_has_one_digest_in_any_order_and_after_a_round_trip(recipe):
+    digest = recipe_sha256(recipe)
+    assert recipe_sha256(reordered(recipe)) == digest
+    assert recipe_sha256(json.loads(json.dumps(recipe, indent=3))) == digest
+
+
+def test_a_recipe_that_is_no_mapping_has_no_digest(saved):
+    model, folder, _ = saved
+    write_manifest(folder, model, recipe="by hand")
+    assert json.loads((folder / "turnrow.json").read_text())["provenance"] == {"recipe": "by hand"}
+    with pytest.raises(UserError, match=r"provenance \['recipe'\] cannot be written as JSON"):
+        write_manifest(folder, model, recipe={"model": torch.zeros(1)})
 
 
 # --- reading ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from turnrow.adapters.manifest import recipe_sha256, store_manifest
 from turnrow.cli.main import main
 
 
@@ -46,6 +47,16 @@ def test_table_tells_method_base_indices_and_norm(adapter, capsys):
     assert facts["checked on loading"] == "sizes only (no turnrow.json)"
     (first,) = (line.split() for line in lines if line.strip().startswith("first "))
     assert first == ["first", "row", "2", "0", "12", "5", "float32"]
+
+
+def test_the_digest_of_a_recipe_is_shown_once(adapter, capsys):
+    folder = adapter()
+    store_manifest(folder, {}, {}, {"recipe": {"seed": 3}, "metrics": {"accuracy": 0.5}})
+    assert main(["inspect", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"^recipe +sha256 {recipe_sha256({'seed': 3})}$", out, re.MULTILINE)
+    assert "provenance: recipe_sha256" not in out
+    assert re.search(r"^provenance: metrics +\{", out, re.MULTILINE)
 
 
 def test_json_is_the_whole_summary(adapter, capsys):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from turnrow.adapters.manifest import recipe_sha256
 from turnrow.errors import UserError
-from turnrow.training import RunResult, evaluate_adapter, predict, train
+from turnrow.training import Recipe, RunResult, evaluate_adapter, predict, train
 
 from .conftest import MakeRecipe
 
@@ -87,4 +88,6 @@ def test_the_manifest_tells_recipe_and_figures_but_no_timings(result: RunResult)
     provenance = json.loads((result.adapter / "turnrow.json").read_text())["provenance"]
     assert provenance["recipe"]["method"]["name"] == "rocoft"
     assert "output_dir" not in provenance["recipe"]
+    written = Recipe.from_yaml(result.folder.root / "recipe.yaml")
+    assert provenance["recipe_sha256"] == recipe_sha256(written.to_dict())  # the folder of the run is no part of it
     assert provenance["metrics"] == {name: result.metrics[name] for name in ("before", "after")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.adapters.folder import WEIGHTS_NAME
+from turnrow.adapters.manifest import recipe_sha256
 from turnrow.adapters.reading import read_adapter
 from turnrow.adapters.road_blocks import own_places
 from turnrow.ops import pairs
@@ -78,6 +80,10 @@ class AdapterSummary:
     """Whether ``turnrow.json`` is there, so that loading checks the file and the base."""
 
     versions: dict[str, str]
+
+    recipe_sha256: str | None
+    """Equal for two adapters that were made by the same recipe; None where the manifest tells of none."""
+
     provenance: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,8 +124,18 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterSummary:
         non_finite=adapter.non_finite(),
         fingerprinted=adapter.manifest is not None,
         versions=manifest.get("versions", {}),
+        recipe_sha256=_recipe_sha256(manifest.get("provenance", {})),
         provenance=manifest.get("provenance", {}),
     )
+
+
+def _recipe_sha256(provenance: Mapping[str, Any]) -> str | None:
+    """Of the recipe itself where it is there: manifests of before have no digest, and those of another turnrow may have another."""
+    recipe, recorded = provenance.get("recipe"), provenance.get("recipe_sha256")
+    if isinstance(recipe, dict):
+        with suppress(ValueError, RecursionError):  # a file may hold NaN, or lists in lists without end
+            return recipe_sha256(recipe)
+    return recorded if isinstance(recorded, str) else None
 
 
 def _untrained(adapter: AdapterFile, name: str, tensors: Mapping[str, torch.Tensor]) -> int:

@@ -5,7 +5,7 @@
     files            size in bytes and SHA-256 of adapter_model.safetensors
     base             name, class, dtype, how it is quantized, label names and, module by module, the fingerprint of the
                      original weight
-    provenance       whatever the writer adds (recipe, metrics), JSON values
+    provenance       whatever the writer adds (recipe, metrics), JSON values; recipe_sha256 is added to a recipe
 
 An adapter without a manifest, from stock peft for instance, is read all the same; it only cannot be checked.
 """
@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ __all__ = [
     "MANIFEST_NAME",
     "describe_base",
     "read_manifest",
+    "recipe_sha256",
     "store_manifest",
     "verify_weights_file",
     "weight_prints",
@@ -51,6 +52,10 @@ __all__ = [
 
 MANIFEST_NAME = "turnrow.json"
 FORMAT_VERSION = 1
+
+_PLACES = (("model",), ("data", "train"), ("data", "validation"), ("data", "test"), ("method", "indices"))
+"""Where a recipe names files or folders."""
+_FILE_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
 
 
 def write_manifest(path: str | os.PathLike[str], model: PeftModel, **provenance: Any) -> Path:
@@ -96,12 +101,12 @@ def store_manifest(
     Args:
         base: what is known of the base beside its fingerprints.
         prints: fingerprints of the base by module.
-        provenance: JSON values.
+        provenance: JSON values; with a ``recipe`` its `recipe_sha256` is written too.
 
     Raises:
         UserError: a provenance value cannot be written as JSON.
     """
-    manifest = {
+    manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "versions": _versions(),
         "files": {WEIGHTS_NAME: _file_record(folder / WEIGHTS_NAME)},
@@ -109,11 +114,51 @@ def store_manifest(
         "provenance": dict(provenance),
     }
     try:
+        if isinstance(provenance.get("recipe"), Mapping):
+            manifest["provenance"]["recipe_sha256"] = recipe_sha256(provenance["recipe"])
         text = json.dumps(manifest, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"the provenance {sorted(provenance)} cannot be written as JSON: {error}") from error
     replace_text(folder / MANIFEST_NAME, text + "\n")
     return folder / MANIFEST_NAME
+
+
+def recipe_sha256(recipe: Mapping[str, Any]) -> str:
+    """The SHA-256 of a recipe, in hexadecimal: equal for two adapters that were made by the same recipe, wherever that was.
+
+    It is that of the recipe's canonical JSON: keys sorted, no spaces, ASCII, whole numbers without a decimal point. Not part of it are
+    fields that are null, as if they were left out (so that a field which a later turnrow adds changes nothing), ``output_dir``, and the
+    folders of files: of a path only its last name counts. A Hub id, ``owner/name``, counts whole, and so does a relative folder that
+    looks like one. What is in the files is not looked at.
+
+    Raises:
+        TypeError, ValueError: it is not made of JSON values.
+    """
+    values = json.loads(json.dumps(dict(recipe), allow_nan=False))  # texts for keys, lists for tuples
+    values.pop("output_dir", None)
+    for *sections, name in _PLACES:
+        holder = values
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, dict) else None
+        if isinstance(holder, dict) and isinstance(holder.get(name), str):
+            holder[name] = _without_folder(holder[name])
+    text = json.dumps(_canonical(values), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def _without_folder(place: str) -> str:
+    """The last name of a path, whichever system wrote it; anything else as it is."""
+    path = PureWindowsPath(place)  # knows both kinds of slashes
+    is_hub_id = place.count("/") < 2 and "\\" not in place and not place.startswith(("/", ".", "~"))
+    return place if is_hub_id and not place.endswith(_FILE_ENDINGS) else path.name or place
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _canonical(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_canonical(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -57,6 +57,7 @@ def _print_tables(summary: AdapterSummary) -> None:
 def _facts(summary: AdapterSummary) -> dict[str, str | None]:
     settings = {key: value for key, value in summary.settings.items() if isinstance(value, (str, int, float))}
     trained = f"{summary.parameters:,} in {len(summary.modules)} modules"
+    told = {key: value for key, value in summary.provenance.items() if key != "recipe_sha256"}
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary.dtypes.items())
     return {
         "adapter": summary.path,
@@ -68,7 +69,8 @@ def _facts(summary: AdapterSummary) -> dict[str, str | None]:
         "file": f"{summary.file_bytes:,} bytes; tensors by dtype: {dtypes}",
         "checked on loading": "file and base" if summary.fingerprinted else "sizes only (no turnrow.json)",
         "written with": ", ".join(f"{name} {number}" for name, number in summary.versions.items()),
-        **{f"provenance: {key}": _short(value) for key, value in summary.provenance.items()},
+        "recipe": summary.recipe_sha256 and f"sha256 {summary.recipe_sha256}",
+        **{f"provenance: {key}": _short(value) for key, value in told.items()},
     }
 
 
