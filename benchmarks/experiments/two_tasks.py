@@ -186,12 +186,21 @@ def _linear(step: int, steps: int) -> float:
 
 
 def _batches(data: Mapping[str, Rows], generator: torch.Generator) -> Iterator[tuple[str, list[str], Tensor]]:
-    orders = {task: torch.randperm(len(rows.texts), generator=generator).split(BATCH) for task, rows in data.items()}
+    orders = {task: _by_length(rows.texts, generator) for task, rows in data.items()}
     for at in range(max(map(len, orders.values()))):
         for task, order in orders.items():
             if at < len(order):
                 rows = data[task]
                 yield task, [rows.texts[i] for i in order[at].tolist()], rows.labels[order[at]]
+
+
+def _by_length(texts: Sequence[str], generator: torch.Generator) -> list[Tensor]:
+    """Random batches of texts of like length: fewer tokens of padding."""
+    batches: list[Tensor] = []
+    for drawn in torch.randperm(len(texts), generator=generator).split(8 * BATCH):
+        ordered = sorted(drawn.tolist(), key=lambda i: len(texts[i]))
+        batches += torch.tensor(ordered).split(BATCH)
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 def _alone(model: _Tasks, task: str, rows: Rows) -> float:
