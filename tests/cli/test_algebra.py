@@ -81,6 +81,7 @@ def test_extract_from_two_models_on_disk(base, tmp_path, capsys):
         base.bert.encoder.layer[0].output.dense.weight[3] += 1
         base.bert.embeddings.LayerNorm.weight += 1
     base.save_pretrained(tmp_path / "tuned")
+    (tmp_path / "tuned" / "task.json").write_text("{}")
     models = "--base", str(tmp_path / "base"), "--tuned", str(tmp_path / "tuned")
     status, out, _ = run(capsys, "extract", *models, "--task", "SEQ_CLS", "--out", str(tmp_path / "adapter"))
     assert status == 0
@@ -88,6 +89,11 @@ def test_extract_from_two_models_on_disk(base, tmp_path, capsys):
     assert (
         "1 parameters changed that the adapter does not hold, most of all bert.embeddings.LayerNorm.weight (4)" in out
     )
+    # the task comes along, the configuration of the model does not, and the base keeps the name it was given
+    names = {entry.name for entry in (tmp_path / "adapter").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "turnrow.json", "task.json"}
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "base")
     status, _, err = run(capsys, "extract", *models, "--task", "SEQ_CLF", "--out", str(tmp_path / "other"))
     assert status == 2
     assert "did you mean 'SEQ_CLS'" in err

@@ -23,6 +23,11 @@ _TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Of these peft takes the head to be trained whole, and does not load an adapter that lacks it."""
 
 
+_OF_ITS_OWN = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".md")
+"""Endings of what belongs to the one adapter or model alone: weights, and its description."""
+_OF_A_MODEL = frozenset({"config.json", "generation_config.json"})
+
+
 def write_derived_adapter(
     out: str | os.PathLike[str],
     config: Mapping[str, Any],
@@ -50,8 +55,7 @@ def write_derived_adapter(
         save_file({key: t.contiguous() for key, t in tensors.items()}, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         store_manifest(folder, base, prints, provenance)
         if beside is not None:
-            # no weights, and no description of the one adapter alone
-            copy_beside(beside, folder, but=(".safetensors", ".bin", ".md"))
+            copy_beside(beside, folder, but=_OF_ITS_OWN, names=_OF_A_MODEL)
         read_adapter(folder)
 
 

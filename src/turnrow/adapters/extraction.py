@@ -64,6 +64,8 @@ def extract_adapter(
     density: float | None = None,
     biases: bool = True,
     task_type: str | None = None,
+    base_name: str | None = None,
+    beside: str | os.PathLike[str] | None = None,
 ) -> Extraction:
     """Write the difference of two models as a RoCoFT adapter into the folder `out`.
 
@@ -79,6 +81,8 @@ def extract_adapter(
         density: for ``entry``: the share of entries of each weight.
         biases: take the changes of the linear layers' biases along.
         task_type: peft's, such as ``SEQ_CLS``.
+        base_name: what the adapter is to call its base; None takes what `base` was loaded from.
+        beside: a folder whose task and tokenizer come along, such as that of `tuned`.
 
     Raises:
         UserError: an argument is not allowed; the models are of different shapes (the first parameter is named), quantized, or equal.
@@ -121,7 +125,7 @@ def extract_adapter(
     config = {
         "peft_type": "ROCOFT",
         "task_type": task_type,
-        "base_model_name_or_path": getattr(base, "name_or_path", None) or None,
+        "base_model_name_or_path": base_name or getattr(base, "name_or_path", None) or None,
         "mode": mode,
         "r": 1 if mode == "entry" else max(t.shape[-1] for key, t in tensors.items() if key.endswith("_index")),
         "density": density,
@@ -136,7 +140,15 @@ def extract_adapter(
     if saved:
         described["head"] = {"id2label": tuned.config.id2label, "problem_type": tuned.config.problem_type}
     provenance = {"operation": "extract", "tuned": getattr(tuned, "name_or_path", None), "mode": mode, "r": r}
-    write_derived_adapter(out, config, tensors, base=described, prints=prints, provenance=provenance)
+    write_derived_adapter(
+        out,
+        config,
+        tensors,
+        base=described,
+        prints=prints,
+        provenance=provenance,
+        beside=None if beside is None else Path(beside),
+    )
     return Extraction(Path(out), norms, left_out, sorted(saved))
 
 

@@ -66,10 +66,11 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def copy_beside(source: Path, folder: Path, *, but: tuple[str, ...]) -> None:
-    """Copy the files in the folder `source` that `folder` lacks, but hidden ones and those with an ending in `but`."""
+def copy_beside(source: Path, folder: Path, *, but: tuple[str, ...], names: frozenset[str] = frozenset()) -> None:
+    """Copy the files in the folder `source` that `folder` lacks, but hidden ones, those with an ending in `but` and those in `names`."""
     for entry in sorted(source.iterdir()):
         wanted = entry.is_file() and not entry.name.startswith(".") and not entry.name.endswith(but)
+        wanted = wanted and entry.name not in names
         if wanted and not (folder / entry.name).exists():
             shutil.copyfile(entry, folder / entry.name)
 

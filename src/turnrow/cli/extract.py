@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from turnrow.cli.console import table_console
 
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
         density=args.density,
         biases=not args.no_biases,
         task_type=args.task,
+        base_name=args.base,
+        beside=args.tuned if Path(args.tuned).is_dir() else None,
     )
     print(
         f"wrote {extraction.path}: ROCOFT adapter of {len(extraction.norms)} modules, which leaves out "
