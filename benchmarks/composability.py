@@ -5,7 +5,7 @@
     python -m benchmarks.composability --show                              # table and plot of what is there
 
 DIR holds a folder a task, with ``train.jsonl.gz``, ``validation.jsonl.gz`` and ``test.jsonl.gz`` of sentences and labels. The learning
-rate of a setup is the best of three on validation (each task alone, all of every layer, first seed) and serves all its kinds. The
+rate of a setup is the best on validation (each task alone, all of every layer, first seed) and serves all its kinds. The
 results lie in ``benchmarks/results/composability``, a JSON file a setup; what is there is not run again.
 """
 
@@ -25,7 +25,17 @@ import torch
 
 from benchmarks import environment
 from benchmarks.experiments.runs import SEEDS, TRAINING_ROWS, prepare_data
-from benchmarks.experiments.two_tasks import BATCH, EPOCHS, KINDS, SETUPS, Setup, read_rows, run_seed, search_rate
+from benchmarks.experiments.two_tasks import (
+    BATCH,
+    EPOCHS,
+    KINDS,
+    SETUPS,
+    Setup,
+    best_rate,
+    read_rows,
+    run_seed,
+    search_rate,
+)
 
 __all__ = ["main"]
 
@@ -74,7 +84,7 @@ def _measure(setup: Setup, data: dict[str, Any]) -> None:
     if "learning_rates" not in result:
         found = search_rate(setup, encoder, tokenizer, data)
         result["learning_rates"] = {f"{rate:g}": score for rate, score in found.items()}
-        result["learning_rate"] = max(found, key=lambda rate: (found[rate], -rate))
+        result["learning_rate"] = best_rate(found)
         _write(_path(setup, tasks), result)
     for seed in SEEDS:
         if str(seed) not in result["seeds"]:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from turnrow import RoadConfig, RocoftConfig
 
-__all__ = ["KINDS", "SETUPS", "Rows", "Setup", "read_rows", "run_seed", "search_rate"]
+__all__ = ["KINDS", "SETUPS", "Rows", "Setup", "best_rate", "read_rows", "run_seed", "search_rate"]
 
-RATES = (1e-3, 3e-3, 1e-2)
+_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+_FIRST_RATES = (1e-3, 3e-3, 1e-2)
 EPOCHS = 4
 BATCH = 32
 _LENGTH = 64
@@ -133,16 +134,28 @@ def run_seed(
 def search_rate(
     setup: Setup, encoder: nn.Module, tokenizer: Any, data: Mapping[str, Mapping[str, Rows]]
 ) -> dict[float, float]:
-    """By learning rate, the mean accuracy over the tasks on their validation splits, each trained alone on all of every layer."""
-    found = {}
-    for rate in RATES:
-        scores = []
-        for task, splits in data.items():
-            model = _fresh(setup, encoder, tokenizer, data, {task: None}, seed=0)
-            _train(model, {task: splits["train"]}, rate, seed=0)
-            scores.append(_accuracy(model, task, splits["validation"]))
-        found[rate] = sum(scores) / len(scores)
+    """By learning rate, the mean accuracy over the tasks on their validation splits, each trained alone on all of every layer.
+
+    Three are tried, and more beyond the best while that is the least or the greatest.
+    """
+    found: dict[float, float] = {}
+    wanted = list(_FIRST_RATES)
+    while wanted:
+        for rate in wanted:
+            scores = []
+            for task, splits in data.items():
+                model = _fresh(setup, encoder, tokenizer, data, {task: None}, seed=0)
+                _train(model, {task: splits["train"]}, rate, seed=0)
+                scores.append(_accuracy(model, task, splits["validation"]))
+            found[rate] = sum(scores) / len(scores)
+        place = _RATES.index(best_rate(found))
+        wanted = [rate for rate in _RATES[max(0, place - 1) : place + 2] if rate not in found]
     return found
+
+
+def best_rate(found: Mapping[float, float]) -> float:
+    """The learning rate of the highest score; of equals the lower."""
+    return max(found, key=lambda rate: (found[rate], -rate))
 
 
 def _fresh(
