@@ -32,6 +32,14 @@ def recipe(tmp_path: Path) -> Path:
     return tmp_path / "recipe.yaml"
 
 
+@pytest.fixture
+def few_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forecast of the recipe's method and full fine-tuning alone: that of every method takes long."""
+    monkeypatch.setattr(
+        "turnrow.training.planning.forecast.candidates", lambda method: [dict(method), {"name": "full"}]
+    )
+
+
 def test_the_table_has_a_row_a_method_and_says_what_is_left_out(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -47,6 +55,7 @@ def test_the_table_has_a_row_a_method_and_says_what_is_left_out(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("few_methods")
 def test_a_narrow_screen_gets_two_tables_and_whole_figures(recipe: Path) -> None:
     planned = plan(
         Recipe.from_yaml(recipe), batches=[2, 4], memory=10**3
@@ -60,6 +69,7 @@ def test_a_narrow_screen_gets_two_tables_and_whole_figures(recipe: Path) -> None
     ]
 
 
+@pytest.mark.usefixtures("few_methods")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -74,6 +84,7 @@ def test_the_head_says_what_is_computed(
     assert words in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("few_methods")
 def test_json_is_the_whole_plan(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", str(recipe), "--batch", "3", "--sequence", "5", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
