@@ -18,7 +18,7 @@ from turnrow.training.planning.largest import largest_batch
 from turnrow.training.planning.optimizer import optimizer_bytes
 from turnrow.training.planning.quantized import treat_as_quantized, unpacked_bytes
 from turnrow.training.planning.setting import Setting
-from turnrow.training.planning.walk import walk
+from turnrow.training.planning.walk import quick_collections, walk
 from turnrow.training.recipe import Recipe
 from turnrow.training.skeleton import Skeleton
 
@@ -56,7 +56,8 @@ def plan(
     for number, method in enumerate(candidates(recipe.method)):
         on_method(title(method))
         try:
-            methods.append(_plan_method(method, setting, sizes, memory))
+            with quick_collections():
+                methods.append(_plan_method(method, setting, sizes, memory))
         except UserError as error:
             if number == 0:
                 raise
