@@ -59,6 +59,14 @@ def test_words_that_old_yaml_reads_otherwise_keep_their_meaning(tmp_path: Path) 
     assert Recipe.from_yaml(path) == recipe
 
 
+@pytest.mark.parametrize("part", ["50%:", ":50%", "8:16", "1::2", "8:", "25%:75%"])
+def test_slices_are_text_in_a_file_and_on_the_command_line(part: str, file: Path, tmp_path: Path) -> None:
+    changed = Recipe.from_yaml(file, ["--method", "{name: rocoft, r: 1}", "--method.within", part])
+    assert changed.method["within"] == part
+    changed.to_yaml(tmp_path / "written.yaml")
+    assert Recipe.from_yaml(tmp_path / "written.yaml").method["within"] == part
+
+
 def test_written_recipe_says_its_version(file: Path) -> None:
     assert yaml.safe_load(Recipe.from_yaml(file).to_yaml())["version"] == 1
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tuners.models import build, output, perturb
 from turnrow import RoadConfig, RocoftConfig, count_parameters, select
-from turnrow.adapters import inspect_adapter, load_adapter
+from turnrow.adapters import compose, inspect_adapter, load_adapter
 from turnrow.errors import AdapterError, UserError
 from turnrow.ops import pairs
 from turnrow.ops.subspace import subspace
@@ -298,3 +298,18 @@ def test_reselection_stays_within(strategy):
 def test_too_small_a_part_is_named(fields, says):
     with pytest.raises(UserError, match=says):
         get_peft_model(build("llama")[0], RocoftConfig(r=3, target_modules=["q_proj"], **fields))
+
+
+def test_what_is_composed_of_two_parts_owns_both(tmp_path):
+    """On disk and at once: neither half's part is that of the whole."""
+    base, inputs = build("llama")
+    model = get_peft_model(base, _road(blocks=":50%"), adapter_name="first")
+    model.add_adapter("second", _road(blocks="50%:", train="angle"))
+    perturb(model)
+    model.base_model.set_adapter(["first", "second"])
+    together = output(model, inputs)
+    model.save_pretrained(tmp_path)
+    composition = compose([tmp_path / "first", tmp_path / "second"], tmp_path / "both", check_base=False)
+    assert not {"blocks", "train"} & json.loads((composition.path / "adapter_config.json").read_text()).keys()
+    loaded = load_adapter(build("llama")[0], composition.path)
+    torch.testing.assert_close(output(loaded.eval(), inputs), together)

@@ -17,6 +17,9 @@ __all__ = ["HELP", "NAME", "add_arguments", "run"]
 NAME = "inspect"
 HELP = "Show what is in an adapter: method, base, modules, indices, sizes, norms, provenance."
 
+_PARTS = ("blocks", "train", "within")
+"""Settings that are shown even where they are lists or mappings."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
@@ -55,7 +58,11 @@ def _print_tables(summary: AdapterSummary) -> None:
 
 
 def _facts(summary: AdapterSummary) -> dict[str, str | None]:
-    settings = {key: value for key, value in summary.settings.items() if isinstance(value, (str, int, float))}
+    settings = {
+        key: value if isinstance(value, str) else _short(value)
+        for key, value in summary.settings.items()
+        if isinstance(value, (str, int, float)) or key in _PARTS
+    }
     trained = f"{summary.parameters:,} in {len(summary.modules)} modules"
     told = {key: value for key, value in summary.provenance.items() if key != "recipe_sha256"}
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary.dtypes.items())

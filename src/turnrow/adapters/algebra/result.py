@@ -57,6 +57,10 @@ def write_road(
     return Composition(Path(out), "ROAD", len(modules), {}, sorted(saved[0]))
 
 
+_OF_TRAINING = ("blocks", "train", "within")
+"""Settings that say what of every layer one adapter was to train; together they may hold all of it."""
+
+
 def write_result(
     adapters: Sequence[AdapterFile],
     out: PathLike,
@@ -81,7 +85,8 @@ def write_result(
     bad = next((key for key, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None)
     if bad is not None:
         raise UserError(f"the result overflows: {bad} has values that are not finite in {tensors[bad].dtype}")
-    whole = adapters[0].config | dict(config) | {"modules_to_save": saved[1], "inference_mode": True}
+    first = {name: value for name, value in adapters[0].config.items() if name not in _OF_TRAINING}
+    whole = first | dict(config) | {"modules_to_save": saved[1], "inference_mode": True}
     known = next((a for a in adapters if a.manifest is not None), adapters[0])
     base = {k: v for k, v in (known.manifest or {}).get("base", {}).items() if k not in ("modules", "head")}
     base |= _head(adapters, saved)
