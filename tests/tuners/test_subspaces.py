@@ -47,7 +47,9 @@ def test_training_touches_the_own_pairs_alone(variant, tmp_path):
     whole = get_peft_model(build("llama")[0], _road(variant=variant))
     assert 2 * count_parameters(model).trainable == count_parameters(whole).trainable
     tensors = _saved(_train(model, inputs), tmp_path)
-    assert {key: t.shape for key, t in tensors.items()} == {k: t.shape for k, t in _saved(whole, tmp_path).items()}
+    assert {key: t.shape for key, t in tensors.items()} == {
+        k: t.shape for k, t in _saved(whole, tmp_path / "whole").items()
+    }
     for key, values in tensors.items():
         layer = base.get_submodule(key.removeprefix("base_model.model.").rpartition(".")[0])
         places = pairs.places(variant, 4, subspace(":50%", layer.out_features // 2, where="", what=""))
