@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import sys
@@ -26,6 +25,7 @@ import torch
 from benchmarks import environment
 from benchmarks.experiments.runs import SEEDS, TRAINING_ROWS, prepare_data
 from benchmarks.experiments.two_tasks import (
+from benchmarks.results import write
     BATCH,
     EPOCHS,
     KINDS,
@@ -53,13 +53,6 @@ def _read(setup: Setup, tasks: Sequence[str]) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _write(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(draft, path)
-
-
 def _measure(setup: Setup, data: dict[str, Any]) -> None:
     from transformers import AutoModel
 
@@ -85,11 +78,11 @@ def _measure(setup: Setup, data: dict[str, Any]) -> None:
         found = search_rate(setup, encoder, tokenizer, data)
         result["learning_rates"] = {f"{rate:g}": score for rate, score in found.items()}
         result["learning_rate"] = best_rate(found)
-        _write(_path(setup, tasks), result)
+        write(result, _path(setup, tasks))
     for seed in SEEDS:
         if str(seed) not in result["seeds"]:
             result["seeds"][str(seed)] = run_seed(setup, encoder, tokenizer, data, result["learning_rate"], seed)
-            _write(_path(setup, tasks), result)
+            write(result, _path(setup, tasks))
 
 
 def _scores(result: dict[str, Any], kind: str, task: str) -> list[float]:
