@@ -25,7 +25,6 @@ import torch
 from benchmarks import environment
 from benchmarks.experiments.runs import SEEDS, TRAINING_ROWS, prepare_data
 from benchmarks.experiments.two_tasks import (
-from benchmarks.results import write
     BATCH,
     EPOCHS,
     KINDS,
@@ -36,6 +35,7 @@ from benchmarks.results import write
     run_seed,
     search_rate,
 )
+from benchmarks.results import write
 
 __all__ = ["main"]
 
