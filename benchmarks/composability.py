@@ -121,10 +121,11 @@ def _plot(results: list[dict[str, Any]], tasks: Sequence[str], target: Path) -> 
                     places.append(place + (at - (len(KINDS) - 1) / 2) * width)
                     heights.append(statistics.mean(scores))
                     spreads.append(statistics.stdev(scores) if len(scores) > 1 else 0.0)
-            axes.bar(places, heights, width, yerr=spreads, label=kind)
+            axes.errorbar(places, heights, spreads, fmt="o", capsize=3, label=kind)
         axes.set_xticks(range(len(results)), [result["setup"] for result in results])
         axes.set(title=task, ylabel="test accuracy, %")
-    panels[0][0].legend(fontsize=7, loc="lower left")
+        axes.grid(axis="y", alpha=0.3)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS))
     figure.savefig(target, dpi=100)
 
 
