@@ -315,3 +315,12 @@ def test_what_is_composed_of_two_parts_owns_both(tmp_path):
     assert not {"blocks", "train"} & json.loads((composition.path / "adapter_config.json").read_text()).keys()
     loaded = load_adapter(build("llama")[0], composition.path)
     torch.testing.assert_close(output(loaded.eval(), inputs), together)
+
+
+def test_a_file_whose_blocks_name_another_module_is_refused(tmp_path):
+    get_peft_model(build("llama")[0], _road(blocks={"q_proj": ":50%"})).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["blocks"]["k_proj"] = ":50%"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match="blocks name 'k_proj', of which the file has no tensors"):
+        load_adapter(build("llama")[0], tmp_path)

@@ -54,10 +54,24 @@ def check_against_config(adapter: AdapterFile) -> None:
         raise AdapterError(
             f"{path} holds no {adapter.method} tensors, only {', '.join(sorted(adapter.saved_modules)[:3])}"
         )
+    _check_named(adapter)
     for module, tensors in adapter.modules.items():
         shape = adapter.base_prints[module].shape if module in adapter.base_prints else None
         check = check_rocoft if adapter.method == "ROCOFT" else _check_road
         check(f"{path}: module {module!r}", module, tensors, adapter.config, shape)
+
+
+def _check_named(adapter: AdapterFile) -> None:
+    """Modules that the configuration gives pairs of their own must be in the file."""
+    blocks = adapter.config.get("blocks")
+    if adapter.method != "ROAD" or not isinstance(blocks, dict):
+        return
+    for key in blocks:
+        if not any(f".{module}".endswith(f".{key}") for module in adapter.modules):
+            raise AdapterError(
+                f"{adapter.path}: the configuration's blocks name {key!r}, of which the file has no tensors"
+                f"{near_matches(key, adapter.modules)}"
+            )
 
 
 def check_finite(adapter: AdapterFile) -> None:
