@@ -22,7 +22,7 @@ __all__ = ["GradientSums", "InputNorms", "real_tokens", "weight_gradient"]
 class InputNorms:
     """||X_j||_2 of every input feature j, over all tokens: the data in Wanda's score.
 
-    S_ij = |W_ij| ||X_j||_2 (Sun et al., 2023, arXiv:2306.11695). The score of a row or a column is the sum of S over it,
+    S_ij = ``|W_ij| ||X_j||_2`` (Sun et al., 2023, arXiv:2306.11695). The score of a row or a column is the sum of S over it,
     as in figure 3 of the RoCoFT paper. The norm runs over all tokens of all batches alike, so it does not depend on how the
     data were cut into batches.
     """
@@ -50,14 +50,14 @@ class InputNorms:
 
 
 class GradientSums:
-    """Sums of |G| or of G^2 over rows and columns, or entry by entry; every batch adds its own.
+    """Sums of ``|G|`` or of G^2 over rows and columns, or entry by entry; every batch adds its own.
 
-    |G| is the first-order effect of a change on the loss of a batch; G^2 of batches of one sample is the diagonal of the
+    ``|G|`` is the first-order effect of a change on the loss of a batch; G^2 of batches of one sample is the diagonal of the
     empirical Fisher information. Larger batches square their mean gradient, which costs less and sees less.
 
     Args:
         parts: which sums to keep: any of "row", "column", "entry".
-        squared: sum G^2 instead of |G|.
+        squared: sum G^2 instead of ``|G|``.
     """
 
     def __init__(self, parts: Collection[Part | str], *, squared: bool) -> None:
