@@ -23,14 +23,13 @@ from typing import Any
 import torch
 
 from benchmarks import environment
-from benchmarks.experiments.runs import SEEDS, TRAINING_ROWS, prepare_data
+from benchmarks.experiments.runs import SEEDS, TRAINING_ROWS, best_rate, prepare_data
 from benchmarks.experiments.two_tasks import (
     BATCH,
     EPOCHS,
     KINDS,
     SETUPS,
     Setup,
-    best_rate,
     read_rows,
     run_seed,
     search_rate,

@@ -9,7 +9,7 @@ import random
 import re
 import shutil
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,19 @@ from typing import Any
 
 from benchmarks import environment
 
-__all__ = ["SEEDS", "TASKS", "TRAINING_ROWS", "Method", "Results", "Summary", "measure", "prepare_data", "summarize"]
+__all__ = [
+    "SEEDS",
+    "TASKS",
+    "TRAINING_ROWS",
+    "Method",
+    "Results",
+    "Summary",
+    "best_rate",
+    "measure",
+    "next_rates",
+    "prepare_data",
+    "summarize",
+]
 
 FORMAT = 2
 TRAINING_ROWS = 1_000
@@ -118,8 +130,7 @@ def measure(results: Results, data: dict[str, str]) -> None:
 
 def _search(results: Results, data: dict[str, str], kept: Path) -> float:
     tried: dict[float, float] = {}
-    wanted = list(_FIRST_RATES)
-    while wanted:
+    while wanted := next_rates(tried):
         for rate in wanted:
             run = results.find(rate, SEEDS[0])
             if run is None:
@@ -127,14 +138,21 @@ def _search(results: Results, data: dict[str, str], kept: Path) -> float:
                 results.add(run)
             tried[rate] = _score(run, "validation")
             for folder in kept.iterdir():  # only the best so far may be asked for again
-                if folder.name != f"{_best(tried):g}":
+                if folder.name != f"{best_rate(tried):g}":
                     shutil.rmtree(folder)
-        place = _RATES.index(_best(tried))
-        wanted = [rate for rate in _RATES[max(0, place - 1) : place + 2] if rate not in tried]
-    return _best(tried)
+    return best_rate(tried)
 
 
-def _best(tried: dict[float, float]) -> float:
+def next_rates(tried: Mapping[float, float]) -> list[float]:
+    """The learning rates to try after those tried, with their scores: three, then beyond the best while it is the least or greatest."""
+    if not tried:
+        return list(_FIRST_RATES)
+    place = _RATES.index(best_rate(tried))
+    return [rate for rate in _RATES[max(0, place - 1) : place + 2] if rate not in tried]
+
+
+def best_rate(tried: Mapping[float, float]) -> float:
+    """The learning rate of the highest score; of equals the lower."""
     return max(tried, key=lambda rate: (tried[rate], -rate))
 
 

@@ -19,12 +19,11 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from benchmarks.experiments.runs import next_rates
 from turnrow import RoadConfig, RocoftConfig
 
-__all__ = ["KINDS", "SETUPS", "Rows", "Setup", "best_rate", "read_rows", "run_seed", "search_rate"]
+__all__ = ["KINDS", "SETUPS", "Rows", "Setup", "read_rows", "run_seed", "search_rate"]
 
-_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-_FIRST_RATES = (1e-3, 3e-3, 1e-2)
 EPOCHS = 4
 BATCH = 32
 _LENGTH = 64
@@ -72,12 +71,12 @@ class Rows:
     """(n,) int64."""
 
 
-def read_rows(path: str | Path, count: int | None = None) -> Rows:
-    """The rows of a file of the task's folder, the first `count`."""
+def read_rows(path: str | Path) -> Rows:
+    """The rows of a file of the task's folder."""
     import gzip
 
     raw = Path(path).read_bytes()
-    lines = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).splitlines()[:count]
+    lines = (gzip.decompress(raw) if str(path).endswith(".gz") else raw).splitlines()
     rows = [json.loads(line) for line in lines]
     return Rows([row["sentence"] for row in rows], torch.tensor([int(row["label"]) for row in rows]))
 
@@ -134,13 +133,9 @@ def run_seed(
 def search_rate(
     setup: Setup, encoder: nn.Module, tokenizer: Any, data: Mapping[str, Mapping[str, Rows]]
 ) -> dict[float, float]:
-    """By learning rate, the mean accuracy over the tasks on their validation splits, each trained alone on all of every layer.
-
-    Three are tried, and more beyond the best while that is the least or the greatest.
-    """
+    """By learning rate, the mean accuracy over the tasks on their validation splits, each trained alone on all of every layer."""
     found: dict[float, float] = {}
-    wanted = list(_FIRST_RATES)
-    while wanted:
+    while wanted := next_rates(found):
         for rate in wanted:
             scores = []
             for task, splits in data.items():
@@ -148,14 +143,7 @@ def search_rate(
                 _train(model, {task: splits["train"]}, rate, seed=0)
                 scores.append(_accuracy(model, task, splits["validation"]))
             found[rate] = sum(scores) / len(scores)
-        place = _RATES.index(best_rate(found))
-        wanted = [rate for rate in _RATES[max(0, place - 1) : place + 2] if rate not in found]
     return found
-
-
-def best_rate(found: Mapping[float, float]) -> float:
-    """The learning rate of the highest score; of equals the lower."""
-    return max(found, key=lambda rate: (found[rate], -rate))
 
 
 def _fresh(

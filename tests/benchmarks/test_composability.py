@@ -13,6 +13,7 @@ from transformers import BertConfig, BertModel
 
 from benchmarks import composability
 from benchmarks.experiments import two_tasks
+from benchmarks.experiments.runs import best_rate
 from benchmarks.experiments.two_tasks import KINDS, SETUPS, Rows, run_seed, search_rate
 
 
@@ -78,7 +79,7 @@ def test_the_search_goes_on_beyond_its_edges(encoder, data, monkeypatch) -> None
     monkeypatch.setattr(two_tasks, "_accuracy", lambda model, task, rows: min(model.rate, 3e-2))
     found = search_rate(SETUPS[0], encoder, Tokenizer(), data)
     assert list(found) == [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-    assert two_tasks.best_rate(found) == 3e-2
+    assert best_rate(found) == 3e-2
 
 
 def test_the_table_and_the_plot_are_made_of_what_is_there(tmp_path, monkeypatch, capsys) -> None:

@@ -190,15 +190,13 @@ def _check_road(
             f"{where}: {variant} with {sizes['road_theta']} means {out:g} output features, the weight has {shape[0]}"
         )
     if config.get("blocks") is not None:
-        _check_blocks(where, module, tensors, config, int(out))
+        _check_blocks(where, module, tensors, config)
 
 
-def _check_blocks(
-    where: str, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], out_features: int
-) -> None:
+def _check_blocks(where: str, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """A pair that the configuration does not name must not be turned: who trains the adapter on would lose what it does."""
     try:
-        places = own_places(config, module, out_features)
+        places = own_places(config, module, len(tensors["road_theta"]))
     except UserError as error:
         raise AdapterError(f"{where}: {error}") from error
     if places is None:

@@ -17,7 +17,6 @@ from turnrow.adapters.folder import WEIGHTS_NAME
 from turnrow.adapters.manifest import recipe_sha256
 from turnrow.adapters.reading import read_adapter
 from turnrow.adapters.road_blocks import own_places
-from turnrow.ops import pairs
 
 __all__ = ["AdapterSummary", "ModuleSummary", "inspect_adapter"]
 
@@ -143,8 +142,7 @@ def _untrained(adapter: AdapterFile, name: str, tensors: Mapping[str, torch.Tens
     if adapter.method != "ROAD":
         return 0
     size = len(tensors["road_theta"])
-    out_features = 2 * size // pairs.parameter_size(adapter.config["variant"], 2)
-    places = own_places(adapter.config, name, out_features)
+    places = own_places(adapter.config, name, size)
     learned = 1 if adapter.config.get("train") in (["angle"], ["scale"]) else 2
     return 2 * size - learned * (size if places is None else len(places))
 

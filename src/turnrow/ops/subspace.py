@@ -22,7 +22,7 @@ from torch import Tensor
 
 from turnrow.errors import UserError
 
-__all__ = ["Subspace", "check_subspace", "most_specific", "subspace"]
+__all__ = ["Subspace", "check_subspace", "check_subspaces", "most_specific", "of_module", "subspace"]
 
 Subspace = str | Sequence[int]
 
@@ -58,6 +58,20 @@ def check_subspace(part: object, where: str) -> None:
     if len(set(part)) < len(part):
         twice = next(number for number in part if part.count(number) > 1)
         raise UserError(f"{where} names {twice} more than once")
+
+
+def check_subspaces(parts: object, where: str) -> None:
+    """As `check_subspace`, of a part, of a dict from module names to parts, or of None, which is all."""
+    if isinstance(parts, dict):
+        for module, part in parts.items():
+            check_subspace(part, f"{where}[{module!r}]")
+    elif parts is not None:
+        check_subspace(parts, where)
+
+
+def of_module(parts: Any, module: str) -> Any:
+    """The part for a module, of what `check_subspaces` lets through; None is all."""
+    return most_specific(parts, module) if isinstance(parts, dict) else parts
 
 
 def subspace(part: Subspace, size: int, *, where: str, what: str) -> Tensor:

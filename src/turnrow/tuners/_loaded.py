@@ -14,7 +14,6 @@ from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.adapters.folder import KEY_PREFIX
 from turnrow.adapters.road_blocks import own_places
 from turnrow.adapters.rocoft_checks import describe
-from turnrow.ops.pairs import parameter_size
 
 __all__ = ["as_held", "difference_in_shape", "tensors_of"]
 
@@ -43,8 +42,7 @@ def as_held(adapter: AdapterFile) -> dict[str, Tensor]:
     """The tensors of a file, of which a layer may hold a part: of RoAd that turns some pairs alone, theirs and where they lie."""
     held = dict(adapter.tensors)
     for module, tensors in adapter.modules.items() if adapter.method == "ROAD" else ():
-        size = len(tensors["road_theta"])
-        places = own_places(adapter.config, module, 2 * size // parameter_size(adapter.config["variant"], 2))
+        places = own_places(adapter.config, module, len(tensors["road_theta"]))
         if places is not None:
             prefix = f"{KEY_PREFIX}{module}"
             held |= {f"{prefix}.{name}": tensor[places] for name, tensor in tensors.items()}

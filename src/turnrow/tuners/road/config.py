@@ -9,7 +9,7 @@ from typing import Any
 from peft import RoadConfig as PeftRoadConfig
 
 from turnrow.errors import UserError, near_matches
-from turnrow.ops.subspace import check_subspace
+from turnrow.ops.subspace import check_subspaces
 
 __all__ = ["TRAINABLE", "RoadConfig", "settings_of"]
 
@@ -48,11 +48,7 @@ class RoadConfig(PeftRoadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.blocks, dict):
-            for module, part in self.blocks.items():
-                check_subspace(part, f"blocks[{module!r}]")
-        elif self.blocks is not None:
-            check_subspace(self.blocks, "blocks")
+        check_subspaces(self.blocks, "blocks")
         self.train = _trained(self.train)
 
     def to_dict(self) -> dict[str, Any]:

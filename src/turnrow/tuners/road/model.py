@@ -10,7 +10,7 @@ from peft.tuners.road.model import RoadModel as PeftRoadModel
 from torch import Tensor, nn
 
 from turnrow.errors import UserError, near_matches
-from turnrow.ops.subspace import most_specific, subspace
+from turnrow.ops.subspace import of_module, subspace
 from turnrow.tuners._dense import dense_linear, features
 from turnrow.tuners._experts import warn_of_untargeted_experts
 from turnrow.tuners._mixed_batch import MixedBatchModel
@@ -63,7 +63,7 @@ class RoadModel(MixedBatchModel, QuantizedModelMixin, PeftRoadModel):
         blocks, _ = settings_of(road_config)
         if isinstance(blocks, dict):
             road_config = copy.copy(road_config)
-            road_config.blocks = most_specific(blocks, current_key)  # type: ignore[attr-defined]  # ours has them
+            road_config.blocks = of_module(blocks, current_key)  # type: ignore[attr-defined]  # ours has them
         # not super(): a mixed model calls this with itself
         PeftRoadModel._create_and_replace(self, road_config, adapter_name, target, target_name, parent, current_key)
 
@@ -95,7 +95,7 @@ def _check_blocks(config: PeftRoadConfig, targets: dict[str, nn.Module]) -> None
                 f"blocks name {unknown!r}, which is not among the target modules{near_matches(unknown, ends)}"
             )
     for name, module in targets.items():
-        part = most_specific(blocks, name) if isinstance(blocks, dict) else blocks
+        part = of_module(blocks, name)
         if part is not None:
             subspace(part, features(module)[0] // 2, where=f"blocks of module {name!r}", what="pairs")
 

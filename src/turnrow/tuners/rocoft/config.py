@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from peft.config import PeftConfig
 
 from turnrow.errors import UserError, near_matches
-from turnrow.ops.subspace import check_subspace
+from turnrow.ops.subspace import check_subspaces
 from turnrow.selection import STRATEGIES, check_strategy, read_indices
 
 __all__ = ["RocoftConfig"]
@@ -140,11 +140,7 @@ class RocoftConfig(PeftConfig):
         check_strategy(self.selection)
         if isinstance(self.selection_seed, bool) or not isinstance(self.selection_seed, int):
             raise UserError(f"selection_seed is {self.selection_seed!r}; it must be a whole number")
-        if isinstance(self.within, dict):
-            for module, part in self.within.items():
-                check_subspace(part, f"within[{module!r}]")
-        elif self.within is not None:
-            check_subspace(self.within, "within")
+        check_subspaces(self.within, "within")
         if isinstance(self.indices, str):
             if self.indices in STRATEGIES:
                 raise UserError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from turnrow.errors import UserError
 from turnrow.ops import columns, entries, experts, rows
-from turnrow.ops.subspace import most_specific, subspace
+from turnrow.ops.subspace import most_specific, of_module, subspace
 from turnrow.selection import check_indices, choose, needs_data, plural
 from turnrow.tuners.rocoft.config import RocoftConfig
 
@@ -126,8 +126,7 @@ def choosable(config: RocoftConfig, name: str, part: str, size: int) -> Tensor |
     Raises:
         UserError: ``config.within`` names none of them, or some that the module does not have.
     """
-    within = config.within
-    own = most_specific(within, name) if isinstance(within, dict) else within
+    own = of_module(config.within, name)
     if own is None or is_given(config, name):
         return None
     return subspace(own, size, where=f"within, for module {name!r},", what=plural(part))
