@@ -1,6 +1,8 @@
 """Data sets, encoding and metrics: everything about a task that needs neither a model nor a method."""
 
 from turnrow.tasks.classification import ClassificationTask
+from turnrow.tasks.generation import GenerationTask
+from turnrow.tasks.language_modelling import LanguageModellingTask
 from turnrow.tasks.registry import TASKS, make_task, task_from_dict
 from turnrow.tasks.regression import RegressionTask
 from turnrow.tasks.tables import read_table
@@ -10,6 +12,8 @@ from turnrow.tasks.tokens import ready_to_pad, resolve_max_length
 __all__ = [
     "TASKS",
     "ClassificationTask",
+    "GenerationTask",
+    "LanguageModellingTask",
     "RegressionTask",
     "Task",
     "make_task",

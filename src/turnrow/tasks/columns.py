@@ -10,7 +10,12 @@ from turnrow.errors import UserError, near_matches
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["describe_split", "require_columns", "text_column", "value_column"]
+__all__ = ["describe_split", "is_name", "require_columns", "text_column", "value_column"]
+
+
+def is_name(value: object) -> bool:
+    """Whether a value can be the name of a column."""
+    return isinstance(value, str) and bool(value)
 
 
 def describe_split(data: Dataset, split: str) -> str:

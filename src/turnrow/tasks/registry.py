@@ -7,12 +7,13 @@ from typing import Any
 
 from turnrow.errors import UserError, near_matches
 from turnrow.tasks.classification import ClassificationTask
+from turnrow.tasks.language_modelling import LanguageModellingTask
 from turnrow.tasks.regression import RegressionTask
 from turnrow.tasks.task import Task
 
 __all__ = ["TASKS", "make_task", "task_from_dict"]
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, RegressionTask)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, LanguageModellingTask, RegressionTask)}
 """The class of each task by the name that recipes use."""
 
 

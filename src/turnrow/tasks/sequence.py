@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from turnrow.errors import UserError
-from turnrow.tasks.columns import describe_split, require_columns, text_column
+from turnrow.tasks.columns import describe_split, is_name, require_columns, text_column
 from turnrow.tasks.task import Task
 from turnrow.tasks.tokens import ready_to_pad, resolve_max_length, tokenize
 
@@ -26,8 +26,8 @@ __all__ = ["SequenceTask"]
 class SequenceTask(Task):
     """A task with one label for a text or a pair of texts, read off one output vector of the model."""
 
-    auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
-    peft_task_type: ClassVar[str] = "SEQ_CLS"
+    auto_model = "AutoModelForSequenceClassification"
+    peft_task_type = "SEQ_CLS"
     mean_loss: ClassVar[bool] = True
 
     text: str | list[str]
@@ -40,7 +40,7 @@ class SequenceTask(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.text_columns = _one_or_two_names(self.text)
-        if not _is_name(self.label):
+        if not is_name(self.label):
             raise UserError(f"option 'label' must be the name of a column, got {self.label!r}")
         if len({*self.text_columns, self.label}) <= len(self.text_columns):
             raise UserError(
@@ -123,10 +123,6 @@ def finite_logits(predictions: np.ndarray, width: int) -> np.ndarray:
 
 def _one_or_two_names(text: object) -> list[str]:
     names = [text] if isinstance(text, str) else text
-    if not isinstance(names, list | tuple) or not 1 <= len(names) <= 2 or not all(map(_is_name, names)):
+    if not isinstance(names, list | tuple) or not 1 <= len(names) <= 2 or not all(map(is_name, names)):
         raise UserError(f"option 'text' must be the name of a column or a list of one or two, got {text!r}")
     return list(names)
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and bool(value)

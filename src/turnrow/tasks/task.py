@@ -43,15 +43,12 @@ class Task(ABC):
     context), different rows for `split="train"` than for the splits that are predicted (a prompt with, and without, its
     answer), and may add columns that no model reads (gold answers, offsets, the number of the example). The run hands
     the result of `encode` back as `encoded`, so that `metrics` and `decode` find those columns. `predictions` is what
-    the run kept of the model's output: `reduce_logits` of the logits, or an array of texts where it generated them.
+    the run kept of the model's output: `reduce_logits` of the logits, or, where `generates` says so, an array of the
+    texts that the model went on with.
     """
 
     name: ClassVar[str]
     """The name in a recipe."""
-    auto_model: ClassVar[str]
-    """The Auto class of transformers that builds the model."""
-    peft_task_type: ClassVar[str]
-    """A `peft.TaskType`."""
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     """The columns of an encoded split that are labels (`TrainingArguments.label_names`)."""
     metric_names: ClassVar[tuple[str, ...]]
@@ -70,6 +67,16 @@ class Task(ABC):
                 f"task {self.name!r} has no metric {self.metric!r}; it has {', '.join(self.metric_names)}"
                 f"{near_matches(str(self.metric), self.metric_names)}"
             )
+
+    @property
+    @abstractmethod
+    def auto_model(self) -> str:
+        """The Auto class of transformers that builds the model."""
+
+    @property
+    @abstractmethod
+    def peft_task_type(self) -> str:
+        """A `peft.TaskType`."""
 
     @property
     def main_metric(self) -> str:
@@ -127,6 +134,23 @@ class Task(ABC):
         Here the logits: encoder-decoders also return hidden states, which would fill the memory over a whole split.
         """
         return logits[0] if isinstance(logits, tuple) else logits
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
+        """Return the loss of a batch, in place of the model's own; None: the model's own is right.
+
+        Args:
+            logits: as the model returned them.
+            labels: as `encode` made them.
+        """
+        return None
+
+    def generates(self, split: str) -> bool:
+        """Whether the model goes on with the rows of `split` (`predict` among them) instead of being read at once."""
+        return False
+
+    def generation_options(self) -> dict[str, Any]:
+        """Return how the model goes on, in the words of transformers' GenerationConfig, where `generates` says so."""
+        return {}
 
     @abstractmethod
     def metrics(self, predictions: np.ndarray, labels: np.ndarray, encoded: Dataset | None = None) -> dict[str, float]:

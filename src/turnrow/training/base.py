@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from turnrow.errors import UserError
 from turnrow.tasks import Task, ready_to_pad, resolve_max_length
+from turnrow.training.loss import use_loss_of
 from turnrow.training.quantization import (
     make_quantization,
     plain_conversion_errors,
@@ -130,6 +131,7 @@ def load_base(
         model.config.pad_token_id = tokenizer.pad_token_id
     for module_name in heads:
         keep_float32(model.get_submodule(module_name))
+    use_loss_of(task, model)
     return Base(model, tokenizer, new_modules)
 
 

@@ -226,7 +226,7 @@ def _open(folder: RunFolder, recipe: Recipe, args: TrainingArguments, *, overwri
 def _evaluate(
     current: SavedModel, split: _Split, progress: str | None
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    predictions, labels = current.logits(split.encoded, progress=progress)
+    predictions, labels = current.predict(split.encoded, "test", progress=progress)
     metrics = current.task.metrics(predictions, labels, split.encoded)
     return metrics, prediction_rows(current.task, split.table, split.encoded, predictions)
 

@@ -24,6 +24,7 @@ from turnrow.errors import UserError
 from turnrow.tasks import Task, read_table, task_from_dict
 from turnrow.training.base import load_base, load_tokenizer
 from turnrow.training.folder import new_folder, write_json, write_lines
+from turnrow.training.loss import use_loss_of
 from turnrow.training.quiet import without_dataset_bars, without_load_report, without_weight_bars
 from turnrow.training.recipe import Recipe
 from turnrow.training.seeding import deterministic
@@ -56,10 +57,12 @@ class SavedModel:
     evaluation: dict[str, Any]
     """Training arguments on which the numbers of an evaluation depend, such as the batch size."""
 
-    def logits(self, encoded: Dataset, *, progress: str | None = None) -> tuple[Any, Any]:
-        """Return (predictions, labels or None) for encoded rows; `progress` labels a bar, None shows none."""
+    def predict(self, encoded: Dataset, split: str, *, progress: str | None = None) -> tuple[Any, Any]:
+        """Return (predictions, labels or None) for the encoded rows of a split; `progress` labels a bar, None shows none."""
         with deterministic(0):
-            output = predict_split(self.task, self.model, self.tokenizer, encoded, self.evaluation, progress=progress)
+            output = predict_split(
+                self.task, self.model, self.tokenizer, encoded, self.evaluation, split=split, progress=progress
+            )
         return output.predictions, output.label_ids
 
 
@@ -121,6 +124,7 @@ def load_saved(path: str | Path, model: str | None = None) -> SavedModel:
     else:
         with without_load_report():
             adapted = getattr(transformers, task.auto_model).from_pretrained(folder, dtype=torch.float32)
+        use_loss_of(task, adapted)
     tokenizer = load_tokenizer(str(folder))
     return SavedModel(adapted.eval(), tokenizer, task, described["max_length"], described["evaluation"])
 
@@ -144,8 +148,9 @@ def evaluate_adapter(
     """
     saved = load_saved(path, model)
     with without_dataset_bars(quiet):
-        encoded = saved.task.encode(read_table(data, split), saved.tokenizer, saved.max_length, split=split)
-    predictions, labels = saved.logits(encoded, progress=None if quiet else "evaluating")
+        # Whatever it is called where it comes from: here it is evaluated, and of some tasks "train" is encoded otherwise.
+        encoded = saved.task.encode(read_table(data, split), saved.tokenizer, saved.max_length, split="test")
+    predictions, labels = saved.predict(encoded, "test", progress=None if quiet else "evaluating")
     return saved.task.metrics(predictions, labels, encoded)
 
 
@@ -175,7 +180,7 @@ def predict(
     table = read_table(data, split) if isinstance(data, str) else Dataset.from_list([dict(row) for row in data])
     with without_dataset_bars(quiet):
         encoded = saved.task.encode(table, saved.tokenizer, saved.max_length, split="predict")
-    predictions, _ = saved.logits(encoded, progress=None if quiet else "predicting")
+    predictions, _ = saved.predict(encoded, "predict", progress=None if quiet else "predicting")
     rows = prediction_rows(saved.task, table, encoded, predictions)
     if output is not None:
         write_predictions(Path(output), rows)

@@ -13,12 +13,13 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput
 
 from turnrow.errors import UserError
 from turnrow.tasks import Task
 from turnrow.training.evaluation import SharedEvaluation
 from turnrow.training.finite import FiniteGuard, check_loss
+from turnrow.training.generation import generate_batch, texts
 from turnrow.training.measure import StepClock
 from turnrow.training.progress import ProgressBars
 from turnrow.training.recipe import Recipe
@@ -48,10 +49,14 @@ class GuardedTrainer(Trainer):
         mean_loss: the model's loss is the mean over the rows of its batch. Trainer takes it for a sum over all batches of a
             step, divided by the number of labels in all of them, if only the model's forward has a ``**kwargs`` to take
             that number, whether or not it reads it; and multiplies it by the number of processes.
+        generation: how the model goes on with the rows that are evaluated; None: they are read at once.
     """
 
-    def __init__(self, *args: Any, mean_loss: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, mean_loss: bool = False, generation: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._generation = generation
         if mean_loss:
             self.model_accepts_loss_kwargs = False
         self._clock = StepClock()
@@ -64,6 +69,15 @@ class GuardedTrainer(Trainer):
         loss = super().training_step(*args, **kwargs)
         check_loss(loss, self.args, self.state)
         return loss
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any, Any]:
+        """As in Trainer; where the model answers, its tokens stand for the logits, and labels that say nothing for labels."""
+        if self._generation is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        written = generate_batch(self, model, inputs, self._generation)
+        return None, written, torch.zeros(len(written), device=written.device)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in Trainer; several processes share the work, and get the numbers that one would get."""
@@ -89,8 +103,28 @@ def make_trainer(
     train: Dataset | None = None,
     validation: Dataset | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    answers: str = "validation",
 ) -> Trainer:
-    """The Trainer for a task."""
+    """The Trainer for a task.
+
+    Args:
+        task: what is learned and how it is scored.
+        model: the adapted model.
+        tokenizer: pads the batches.
+        args: of the training, or of an evaluation alone.
+        train: the encoded training split.
+        validation: the encoded validation split.
+        callbacks: beside our own.
+        answers: the split that is evaluated, which says whether the model answers it.
+    """
+    generates = task.generates(answers)
+
+    def scores(kept: EvalPrediction) -> dict[str, float]:
+        # Of a task with several labels, their arrays are a tuple.
+        predictions: Any = texts(kept.predictions, tokenizer) if generates else kept.predictions
+        labels: Any = kept.label_ids
+        return task.metrics(predictions, labels, validation)
+
     return GuardedTrainer(
         model=model,
         args=args,
@@ -98,10 +132,11 @@ def make_trainer(
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        compute_metrics=lambda kept: task.metrics(kept.predictions, kept.label_ids, validation),
-        preprocess_logits_for_metrics=task.reduce_logits,
+        compute_metrics=scores,
+        preprocess_logits_for_metrics=None if generates else task.reduce_logits,
         callbacks=list(callbacks),
         mean_loss=task.mean_loss,
+        generation=task.generation_options() if generates else None,
     )
 
 
@@ -164,6 +199,7 @@ def predict_split(
     encoded: Dataset,
     evaluation: Mapping[str, Any],
     *,
+    split: str = "test",
     progress: str | None = None,
 ) -> PredictionOutput:
     """Predictions for the rows of `encoded`, in their order.
@@ -177,6 +213,7 @@ def predict_split(
         tokenizer: pads the batches.
         encoded: as `Task.encode` returns it.
         evaluation: as `evaluation_arguments` returns it.
+        split: which split it is; of one that the model answers, the predictions are texts.
         progress: the label of a progress bar; None for no bar.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -192,17 +229,20 @@ def predict_split(
             output_dir=scratch,
         )
         bars = ProgressBars(task.main_metric, progress or "")
-        trainer = make_trainer(task, model, tokenizer, args, callbacks=[bars] if progress else [])
+        trainer = make_trainer(task, model, tokenizer, args, callbacks=[bars] if progress else [], answers=split)
         # The caller computes them, from the predictions and with the rows at hand.
         trainer.compute_metrics = None
         try:
-            return trainer.predict(encoded)
+            output = trainer.predict(encoded)
         finally:
             bars.close()
             # Or accelerate would take the model for one that is ready to be trained too, and several processes would each
             # train their own without ever exchanging a gradient.
             trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             vars(model).pop("_is_accelerate_prepared", None)
+    if not task.generates(split):
+        return output
+    return PredictionOutput(texts(output.predictions, tokenizer), None, output.metrics)
 
 
 def _build(arguments: Mapping[str, Any], **ours: Any) -> TrainingArguments:

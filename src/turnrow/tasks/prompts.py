@@ -1,0 +1,115 @@
+"""From a row to the tokens of a prompt and of the answer to it, within a number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from turnrow.errors import UserError
+from turnrow.tasks.templates import Template, choose
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Prompter", "check_chat"]
+
+
+def check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that has no chat template."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"option 'chat' is true, but the tokenizer {tokenizer.name_or_path!r} has no chat template; take a model that was "
+            "tuned for conversations, set tokenizer.chat_template and save it again, or leave 'chat' out"
+        )
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """Writes prompts, and answers to them, for one model.
+
+    The tokens of an answer are made apart from those of its prompt, so that a model is trained on exactly the prompt that
+    it later goes on with.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Template]
+    """A row takes the first all of whose columns it has a text for."""
+    target: Template | None
+    """The answer; None where there is none to learn."""
+    decoder: bool
+    """Whether the model goes on with its input; an encoder-decoder answers it."""
+    chat: bool
+    """Whether the prompt is a turn of a conversation, in the tokenizer's own form."""
+    system: str | None = None
+    """What a conversation begins with."""
+
+    def prompt(self, row: Mapping[str, str], limit: int, place: str) -> list[int]:
+        """Return the tokens of a row's prompt, the longest of its texts cut so that they are at most `limit`.
+
+        Raises:
+            UserError: even without that text there are more.
+        """
+        text = choose(self.prompts, row).fit(row, lambda filled: len(self._prompt_ids(filled)) <= limit)
+        if text is None:
+            raise UserError(
+                f"{place}: the prompt takes more than {limit} tokens even without its longest text; raise max_length, or "
+                "shorten the template"
+            )
+        return self._prompt_ids(text)
+
+    def example(self, row: Mapping[str, str], limit: int, place: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of a row's prompt and of its answer, which ends in the end-of-sequence token.
+
+        For a decoder both together are at most `limit`, for an encoder-decoder each is. An answer is cut at its end
+        only where it would leave the prompt less than half of them; then it has no end token.
+        """
+        assert self.target is not None
+        answer = self.target.fill(row)
+        if not answer.strip():
+            raise UserError(f"{place}: the answer is blank, so there is nothing to learn from this row; remove it")
+        ids = self._answer_ids(row, answer)
+        if not self.decoder:
+            return self.prompt(row, limit, place), ids[:limit]
+        whole = len(self._prompt_ids(choose(self.prompts, row).fill(row)))
+        ids = ids[: limit - min(whole, limit // 2)]
+        return self.prompt(row, limit - len(ids), place), ids
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        if self.chat:
+            return self._plain_ids(self._conversation(text))
+        ids = list(self.tokenizer(text)["input_ids"])
+        # A token that ends a text would end the answer before it begins.
+        while self.decoder and ids and ids[-1] in _closing(self.tokenizer):
+            ids.pop()
+        return ids
+
+    def _answer_ids(self, row: Mapping[str, str], answer: str) -> list[int]:
+        if self.chat:
+            question = choose(self.prompts, row).fill(row)
+            asked, whole = self._conversation(question), self._conversation(question, answer)
+            if not whole.startswith(asked):
+                raise UserError(
+                    f"the chat template of the tokenizer {self.tokenizer.name_or_path!r} writes a turn otherwise once it is "
+                    "answered, so a prompt cannot be told from its answer; leave option 'chat' out and write the turns into "
+                    "the prompt"
+                )
+            return self._plain_ids(whole.removeprefix(asked))
+        if not self.decoder:
+            return list(self.tokenizer(text_target=answer)["input_ids"])
+        end = self.tokenizer.eos_token_id
+        return self._plain_ids(answer) + ([] if end is None else [end])
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _conversation(self, question: str, answer: str | None = None) -> str:
+        turns: list[dict[str, Any]] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        turns.append({"role": "user", "content": question})
+        if answer is not None:
+            turns.append({"role": "assistant", "content": answer})
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None))
+
+
+def _closing(tokenizer: PreTrainedTokenizerBase) -> set[int | None]:
+    return {tokenizer.eos_token_id, tokenizer.sep_token_id} - {tokenizer.bos_token_id, None}
