@@ -177,3 +177,58 @@ def test_relative_paths_are_looked_up_here_first_then_beside_the_recipe(
     recipe = Recipe.from_yaml("../recipes/recipe.yaml")
     assert recipe.data == DataFiles(train="../recipes/TRAIN", validation="VALIDATION", test="TEST")
     assert (recipe.model, recipe.output_dir) == ("PATH_OR_HUB_ID", "runs/sst2")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "rte").mkdir()
+    for name in ("train.jsonl.gz", "test.csv", "README.md"):
+        (tmp_path / "rte" / name).touch()
+    return tmp_path / "rte"
+
+
+def test_a_folder_holds_files_called_after_the_splits(folder: Path) -> None:
+    recipe = Recipe.from_dict(valid(data={"folder": str(folder)}))
+    assert recipe.data == DataFiles(train=str(folder / "train.jsonl.gz"), test=str(folder / "test.csv"))
+    named = Recipe.from_dict(valid(data={"folder": str(folder), "test": "OTHER"}))
+    assert named.data.splits == {"train": str(folder / "train.jsonl.gz"), "test": "OTHER"}
+
+
+def test_a_folder_is_looked_up_beside_the_recipe_too(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(ISSUE.replace("{train: TRAIN, validation: VALIDATION, test: TEST}", "{folder: rte}"))
+    assert Recipe.from_yaml(path).data.splits == {
+        "train": str(folder / "train.jsonl.gz"),
+        "test": str(folder / "test.csv"),
+    }
+
+
+def test_a_folder_that_does_not_say_which_file_it_is_is_refused(folder: Path) -> None:
+    (folder / "test.jsonl").touch()
+    with pytest.raises(UserError, match="holds the split 'test' more than once: test.jsonl, test.csv"):
+        Recipe.from_dict(valid(data={"folder": str(folder)}))
+    (folder / "test.jsonl").unlink()
+    (folder / "test.csv").unlink()
+    with pytest.raises(UserError, match="data.test is missing"):
+        Recipe.from_dict(valid(data={"folder": str(folder)}))
+    (folder / "train.jsonl.gz").unlink()
+    with pytest.raises(UserError, match="holds no file named after a split, such as train.jsonl"):
+        Recipe.from_dict(valid(data={"folder": str(folder)}))
+    with pytest.raises(UserError, match="data folder 'nowhere' does not exist"):
+        Recipe.from_dict(valid(data={"folder": "nowhere"}))
+
+
+def test_a_known_data_set_has_its_splits_on_the_hub() -> None:
+    values = {name: value for name, value in valid(task={"name": "cola"}).items() if name != "data"}
+    recipe = Recipe.from_dict(values)
+    assert recipe.data.splits == {
+        "train": "nyu-mll/glue:cola:train",
+        "validation": "nyu-mll/glue:cola:validation[:50%]",
+        "test": "nyu-mll/glue:cola:validation[50%:]",
+    }
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    # Own files are never mixed with those of the hub.
+    with pytest.raises(UserError, match="data.test is missing; .*of cola the hub has train, validation, test"):
+        Recipe.from_dict({**values, "data": {"train": "TRAIN"}})
+    with pytest.raises(UserError, match="data.train is missing; name the file or hub id of the train split$"):
+        Recipe.from_dict({**values, "task": {"name": "classification", "text": "a"}})

@@ -24,6 +24,7 @@ _COMMANDS = (
     "select",
     "evaluate",
     "predict",
+    "tasks",
     "inspect",
     "compose",
     "scale",

@@ -1,15 +1,17 @@
 """Data sets, encoding and metrics: everything about a task that needs neither a model nor a method."""
 
+from turnrow.tasks.catalog import CATALOG
 from turnrow.tasks.classification import ClassificationTask
 from turnrow.tasks.generation import GenerationTask
 from turnrow.tasks.language_modelling import LanguageModellingTask
 from turnrow.tasks.registry import TASKS, make_task, task_from_dict
 from turnrow.tasks.regression import RegressionTask
-from turnrow.tasks.tables import read_table
+from turnrow.tasks.tables import read_table, split_files
 from turnrow.tasks.task import Task
 from turnrow.tasks.tokens import ready_to_pad, resolve_max_length
 
 __all__ = [
+    "CATALOG",
     "TASKS",
     "ClassificationTask",
     "GenerationTask",
@@ -20,5 +22,6 @@ __all__ = [
     "read_table",
     "ready_to_pad",
     "resolve_max_length",
+    "split_files",
     "task_from_dict",
 ]

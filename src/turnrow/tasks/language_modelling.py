@@ -80,8 +80,8 @@ class LanguageModellingTask(Task):
         require_columns(data, self.columns(), split)
         texts = text_column(data, self.text, split)
         limit = resolve_max_length(tokenizer, max_length)
-        if limit < 2:
-            raise UserError(f"max_length is {limit}; language modelling needs blocks of at least 2 tokens")
+        if limit < 3:
+            raise UserError(f"max_length is {limit}; language modelling needs blocks of at least 3 tokens")
         ids: list[int] = []
         owners: list[int] = []
         begins: list[int] = []
@@ -96,8 +96,9 @@ class LanguageModellingTask(Task):
             owners += [example] * len(tokens)
         if len(ids) < 2:
             raise UserError(f"{describe_split(data, split)} holds no text of two tokens, so there is none to foresee")
-        # A last block of one token would foresee nothing.
-        ends = [*range(limit, len(ids) - 1, limit), len(ids)]
+        ends = [*range(limit, len(ids), limit), len(ids)]
+        if len(ids) % limit == 1 and len(ends) > 1:
+            ends[-2] -= 1  # a last block of one token would foresee nothing
         blocks = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
         sizes = np.zeros(len(ids), dtype=int)
         sizes[begins] = [len(text.encode()) for text in texts]

@@ -1,4 +1,4 @@
-"""The tasks by name."""
+"""The kinds of task, and tasks by the name of a data set."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turnrow.errors import UserError, near_matches
+from turnrow.tasks.catalog import CATALOG
 from turnrow.tasks.classification import ClassificationTask
 from turnrow.tasks.language_modelling import LanguageModellingTask
 from turnrow.tasks.regression import RegressionTask
@@ -14,20 +15,26 @@ from turnrow.tasks.task import Task
 __all__ = ["TASKS", "make_task", "task_from_dict"]
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, LanguageModellingTask, RegressionTask)}
-"""The class of each task by the name that recipes use."""
+"""The class of each kind of task by the name that recipes use."""
 
 
 def make_task(name: str, **options: Any) -> Task:
     """Make a task from the `task:` block of a recipe.
 
     Args:
-        name: one of `TASKS`.
-        options: the fields of that class, e.g. `text`, `label` and `metric`.
+        name: a kind of task (`TASKS`), or a data set (`CATALOG`), which is a kind with options.
+        options: the fields of that class, e.g. `text`, `label` and `metric`; of a data set, those that differ.
 
     Raises:
         UserError: the name or an option is unknown, an option is missing, or its value is wrong.
     """
-    return _task_class(name).from_options(options)
+    entry = CATALOG.get(name)
+    if entry is None:
+        return _task_class(name).from_options(options)
+    given = {**entry.task, **options}
+    task = _task_class(given.pop("name")).from_options(given)
+    task.dataset = entry.name
+    return task
 
 
 def task_from_dict(saved: Mapping[str, Any]) -> Task:
@@ -41,5 +48,8 @@ def task_from_dict(saved: Mapping[str, Any]) -> Task:
 
 def _task_class(name: object) -> type[Task]:
     if not isinstance(name, str) or name not in TASKS:
-        raise UserError(f"unknown task {name!r}; tasks are {', '.join(TASKS)}{near_matches(str(name), TASKS)}")
+        raise UserError(
+            f"unknown task {name!r}; tasks are {', '.join(TASKS)}, and the data sets that `turnrow tasks` lists"
+            f"{near_matches(str(name), [*TASKS, *CATALOG])}"
+        )
     return TASKS[name]

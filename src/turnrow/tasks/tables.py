@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-__all__ = ["read_table"]
+__all__ = ["read_table", "split_files"]
 
 # What csv.field_size_limit takes on every platform (a C long): an article in a cell must not be refused.
 _LARGEST_FIELD = 2**31 - 1
@@ -51,6 +51,35 @@ def read_table(source: str | os.PathLike[str], split: str | None = None) -> Data
     if path.exists() or _is_meant_as_file(name):
         return _read_file(path)
     return _read_hub(name, split)
+
+
+def split_files(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the files of a folder that are called after splits: ``train.jsonl.gz``, ``validation.csv``, ``test.parquet``, ...
+
+    Raises:
+        UserError: there is no such folder, none of the files is there, or several hold one split.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise UserError(
+            f"data folder {str(folder)!r} does not exist; name a folder with the files train.jsonl, test.jsonl, ..."
+        )
+    found: dict[str, str] = {}
+    for split in ("train", "validation", "test"):
+        files = [root / f"{split}{ending}" for ending in _READERS if (root / f"{split}{ending}").is_file()]
+        if len(files) > 1:
+            raise UserError(
+                f"data folder {str(folder)!r} holds the split {split!r} more than once: {', '.join(f.name for f in files)}; "
+                "keep one, or name the files of the splits one by one"
+            )
+        if files:
+            found[split] = str(files[0])
+    if not found:
+        raise UserError(
+            f"data folder {str(folder)!r} holds no file named after a split, such as train.jsonl or test.csv.gz; known endings "
+            f"are {', '.join(_READERS)}"
+        )
+    return found
 
 
 def _is_meant_as_file(name: str) -> bool:

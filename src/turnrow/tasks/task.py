@@ -61,6 +61,9 @@ class Task(ABC):
     metric: str | None = None
     """The metric by which runs and checkpoints are compared; None: the first of `metric_names`."""
 
+    dataset: str | None = dataclasses.field(default=None, init=False)
+    """The name in `turnrow.tasks.CATALOG` by which the task was made, whose rows on the hub it understands too."""
+
     def __post_init__(self) -> None:
         if self.metric is not None and self.metric not in self.metric_names:
             raise UserError(
@@ -87,6 +90,14 @@ class Task(ABC):
     def greater_is_better(self) -> bool:
         """Whether a larger main metric is a better one."""
         return self.main_metric not in self.error_metrics
+
+    def in_our_form(self, data: Dataset) -> Dataset:
+        """Return rows of the hub in the form of `columns`, where the task is one of the catalogue; others unchanged."""
+        if self.dataset is None:
+            return data
+        from turnrow.tasks.catalog import CATALOG
+
+        return CATALOG[self.dataset].in_our_form(data)
 
     @abstractmethod
     def columns(self) -> list[str]:
@@ -169,7 +180,13 @@ class Task(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Return all that `turnrow.tasks.task_from_dict` needs to make this task again, as JSON can hold it."""
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
-        return {"version": _FORMAT_VERSION, "name": self.name, "options": options, "learned": self._learned()}
+        return {
+            "version": _FORMAT_VERSION,
+            "name": self.name,
+            "dataset": self.dataset,
+            "options": options,
+            "learned": self._learned(),
+        }
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Self:
@@ -187,6 +204,11 @@ class Task(ABC):
         if not isinstance(options, Mapping) or not isinstance(learned, Mapping):
             raise UserError(f"the saved task {cls.name!r} is broken: 'options' and 'learned' must be objects")
         task = cls.from_options(options)
+        # A data set that a later turnrow knows and this one does not was only of use for the form of its rows.
+        from turnrow.tasks.catalog import CATALOG
+
+        dataset = saved.get("dataset")
+        task.dataset = dataset if dataset in CATALOG else None
         task._restore(learned)
         return task
 

@@ -89,7 +89,7 @@ def select_indices(recipe: Recipe, samples: int | None = None) -> Selection:
     with deterministic(recipe.seed):
         task = make_task(**recipe.task)
         args = training_arguments(recipe, task, str(RunFolder(Path(recipe.output_dir)).checkpoints))
-        table = read_table(recipe.data.train, "train")
+        table = task.in_our_form(read_table(recipe.data.splits["train"], "train"))
         task.fit(table)
         base = load_base(
             recipe.model, task, dtype=recipe.dtype, quantization=recipe.quantization, device_map=recipe.device_map

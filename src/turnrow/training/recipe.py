@@ -24,6 +24,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from turnrow.errors import UserError
+from turnrow.tasks import CATALOG, make_task, split_files
 from turnrow.training.options import check_names, check_options
 from turnrow.training.yaml_values import YAML_MODE, load_yaml
 
@@ -33,6 +34,8 @@ RECIPE_VERSION = 1
 
 # Without types of keys and values: with them jsonargparse would read the texts "1" and "no" of the file anew, as YAML.
 Section: TypeAlias = dict
+
+_SPLITS = ("train", "validation", "test")
 
 _TOP_LEVEL = {
     "output_dir": "it is a field of the recipe itself, one level up",
@@ -49,14 +52,24 @@ _TOP_LEVEL = {
 
 @dataclass(frozen=True, kw_only=True)
 class DataFiles:
-    """The three splits, each a local file (.jsonl, .json, .csv, .tsv, .parquet, text ones also .gz) or a hub id."""
+    """The three splits, each a local file (.jsonl, .json, .csv, .tsv, .parquet, text ones also .gz) or a hub id.
 
-    train: str
+    Left out as a whole, they are those on the hub of the data set that the task names.
+    """
+
+    folder: str | None = None
+    """A folder whose files are called after the splits: ``train.jsonl``, ``validation.csv.gz``, ...; for those not named here."""
+    train: str | None = None
     """What is trained on."""
     validation: str | None = None
     """Evaluated while training, for the curve and for ``load_best_model_at_end``; may be left out."""
-    test: str
+    test: str | None = None
     """Evaluated once before and once after training: the reported figures."""
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """The splits that are named, by name; in a `Recipe` the training and the test split always are."""
+        return {name: source for name in _SPLITS if (source := getattr(self, name))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +83,12 @@ class Recipe:
     model: str
     """Base model: a local folder, a hub id, or ``package:NAME`` for a model shipped in an installed Python package."""
     task: Section
-    """The task's ``name`` (``classification``, ``regression``) and its own fields, such as ``text`` and ``label``."""
-    data: DataFiles
-    """Where the train, validation and test rows are."""
+    """The task's ``name``, a kind (``classification``, ...) or a data set (``cola``, ...), and its own fields, such as ``text`` and
+    ``label``; ``turnrow tasks`` lists them."""
     method: Section
     """``rocoft``, ``road``, ``full``, ``head`` or any peft method by ``name``, and the fields of its config."""
+    data: DataFiles = field(default_factory=DataFiles)
+    """Where the train, validation and test rows are; by default on the hub, where the task is that of a known data set."""
     training: Section = field(default_factory=dict)
     """Arguments of ``transformers.TrainingArguments``, by their own names."""
     calibration_samples: int = 256
@@ -106,7 +120,7 @@ class Recipe:
             )
         # Own copies: a frozen recipe must not change when the caller's dictionaries do.
         checked = {
-            "data": _data_files(self.data),
+            "data": _data_files(self.data, self.task),
             "task": _task_options(self.task),
             "method": _method_options(self.method),
             "training": _training_options(self.training),
@@ -127,7 +141,7 @@ class Recipe:
         """Build from plain values, as read from YAML; `where` names their source in errors."""
         names = [f.name for f in fields(cls)]
         check_names(values, names, where)
-        missing = [f for f in ("model", "task", "data", "method", "output_dir") if values.get(f) is None]
+        missing = [f for f in ("model", "task", "method", "output_dir") if values.get(f) is None]
         if missing:
             raise UserError(f"{where} lacks {', '.join(missing)}")
         return cls(**values)
@@ -218,16 +232,27 @@ def _check_override(word: str) -> None:
         check_names({rest[0]: None}, [f.name for f in fields(DataFiles)], f"{word}: data")
 
 
-def _data_files(data: Any) -> DataFiles:
-    if isinstance(data, DataFiles):
-        return data
-    if not isinstance(data, Mapping):
-        raise UserError(f"data is {data!r}; expected a mapping such as {{train: FILE, validation: FILE, test: FILE}}")
-    options = check_options(data, DataFiles, "data")
+def _data_files(data: Any, task: Any) -> DataFiles:
+    """The splits, with what a folder or the hub supplies filled in."""
+    if not isinstance(data, DataFiles):
+        if not isinstance(data, Mapping):
+            raise UserError(
+                f"data is {data!r}; expected a mapping such as {{train: FILE, validation: FILE, test: FILE}} or {{folder: DIR}}"
+            )
+        data = DataFiles(**check_options(data, DataFiles, "data"))
+    given = data.splits
+    if data.folder is not None:
+        given = {**split_files(data.folder), **given}
+    entry = CATALOG.get(str(task.get("name"))) if isinstance(task, Mapping) else None
+    if not given and entry is not None:
+        given = dict(entry.hub)
     for name in ("train", "test"):
-        if not options.get(name):
-            raise UserError(f"data.{name} is missing; name the file or hub id of the {name} split")
-    return DataFiles(**options)
+        if name not in given:
+            raise UserError(
+                f"data.{name} is missing; name the file or hub id of the {name} split"
+                + (f" (of {entry.name} the hub has {', '.join(entry.hub) or 'none'})" if entry is not None else "")
+            )
+    return DataFiles(**given)
 
 
 def _section(values: Any, name: str) -> dict[str, Any]:
@@ -237,8 +262,6 @@ def _section(values: Any, name: str) -> dict[str, Any]:
 
 
 def _task_options(task: Any) -> dict[str, Any]:
-    from turnrow.tasks import make_task
-
     options = _section(task, "task")
     if "name" not in options:
         raise UserError(

@@ -203,8 +203,7 @@ def _reselection(
 
 
 def _read(recipe: Recipe, task: Task) -> dict[str, Dataset]:
-    sources = {"train": recipe.data.train, "validation": recipe.data.validation, "test": recipe.data.test}
-    tables = {name: read_table(source, name) for name, source in sources.items() if source is not None}
+    tables = {name: task.in_our_form(read_table(source, name)) for name, source in recipe.data.splits.items()}
     task.fit(tables["train"])
     return tables
 

@@ -149,7 +149,8 @@ def evaluate_adapter(
     saved = load_saved(path, model)
     with without_dataset_bars(quiet):
         # Whatever it is called where it comes from: here it is evaluated, and of some tasks "train" is encoded otherwise.
-        encoded = saved.task.encode(read_table(data, split), saved.tokenizer, saved.max_length, split="test")
+        table = saved.task.in_our_form(read_table(data, split))
+        encoded = saved.task.encode(table, saved.tokenizer, saved.max_length, split="test")
     predictions, labels = saved.predict(encoded, "test", progress=None if quiet else "evaluating")
     return saved.task.metrics(predictions, labels, encoded)
 
@@ -177,7 +178,8 @@ def predict(
         One row per example: the task's columns as far as the data have them, and what the task makes of the prediction.
     """
     saved = load_saved(path, model)
-    table = read_table(data, split) if isinstance(data, str) else Dataset.from_list([dict(row) for row in data])
+    given = read_table(data, split) if isinstance(data, str) else Dataset.from_list([dict(row) for row in data])
+    table = saved.task.in_our_form(given)
     with without_dataset_bars(quiet):
         encoded = saved.task.encode(table, saved.tokenizer, saved.max_length, split="predict")
     predictions, _ = saved.predict(encoded, "predict", progress=None if quiet else "predicting")

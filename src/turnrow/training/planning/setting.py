@@ -68,7 +68,7 @@ class Setting:
             )
         # As a run builds them; nothing is written there.
         args = training_arguments(recipe, task, recipe.output_dir)
-        head, notes = _head(task, recipe.data.train)
+        head, notes = _head(task, recipe.data.splits["train"])
         skeleton = load_skeleton(recipe.model, task.auto_model, head, dtype=recipe.dtype)
         tokens, more = _sequence(sequence, recipe, skeleton)
         if skeleton.model.config.pad_token_id is None:
@@ -143,7 +143,7 @@ def _head(task: Task, train: str) -> tuple[dict[str, Any], list[str]]:
         return task.model_kwargs(), []
     if not Path(train).is_file():
         return {"num_labels": 2}, [f"2 labels: the training split {train!r} is no local file"]
-    task.fit(read_table(train, "train"))
+    task.fit(task.in_our_form(read_table(train, "train")))
     return task.model_kwargs(), []
 
 
