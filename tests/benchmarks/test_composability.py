@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from benchmarks import composability
-from benchmarks.experiments import two_tasks
-from benchmarks.experiments.runs import best_rate
-from benchmarks.experiments.two_tasks import KINDS, SETUPS, Rows, run_seed, search_rate
+from benchmarks import composability, two_tasks
+from benchmarks.suite.search import best_rate
+from benchmarks.two_tasks import KINDS, SETUPS, Rows, run_seed, search_rate
 
 
 class Tokenizer:

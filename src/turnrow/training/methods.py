@@ -1,4 +1,4 @@
-"""Methods by name: RoCoFT and RoAd, any other method that peft knows, the whole model, or only its new head."""
+"""Methods by name: RoCoFT and RoAd, any other method that peft knows, the whole model, its biases, or only its new head."""
 
 from __future__ import annotations
 
@@ -28,9 +28,13 @@ _RESERVED = {
 }
 
 
+# Trained without a config of peft's own: they have no options.
+_PLAIN = ("full", "head", "bitfit")
+
+
 def method_names() -> list[str]:
     """Names for ``method.name``: ours first, then every other method of the installed peft."""
-    ours = ["rocoft", "road", "full", "head"]
+    ours = ["rocoft", "road", *_PLAIN, "lora_fa"]
     return ours + sorted(set(_config_classes()) - set(ours))
 
 
@@ -43,15 +47,15 @@ def check_method(method: Mapping[str, Any]) -> dict[str, Any]:
     if "name" not in method:
         raise UserError("method has no name; say for example method: {name: rocoft, mode: row, r: 3}")
     name, options = method["name"], {key: value for key, value in method.items() if key != "name"}
-    if name in ("full", "head"):
+    if name in _PLAIN:
         if options:
             check_names(options, ["name"], f"method {name}")
         return {"name": name}
     classes = _config_classes()
-    if name not in classes:
+    if name not in (*classes, "lora_fa"):
         hint = near_matches(str(name), method_names()) or f"; allowed: {', '.join(method_names())}"
         raise UserError(f"there is no method {name!r}{hint}")
-    options = check_options(options, classes[name], f"method {name}", reserved=_RESERVED)
+    options = check_options(options, _config_class(name), f"method {name}", reserved=_RESERVED)
     _config(name, options)
     return {"name": name, **options}
 
@@ -73,9 +77,10 @@ def apply_method(base: Base | Skeleton, method: Mapping[str, Any], peft_task_typ
     name, options = method["name"], {key: value for key, value in method.items() if key != "name"}
     if name == "full":
         return base.model.float().requires_grad_(True)
-    if name == "head":
-        # peft's own form of an adapter that has no target: only modules_to_save are trained and saved.
-        config: PeftConfig = LoraConfig(target_modules=DUMMY_TARGET_MODULES)
+    if name in ("head", "bitfit"):
+        # peft's own form of an adapter that has no target: only modules_to_save, and biases, are trained and saved.
+        biases = "all" if name == "bitfit" else "none"
+        config: PeftConfig = LoraConfig(target_modules=DUMMY_TARGET_MODULES, bias=biases)
     else:
         config = _config(name, options)
     config.task_type = peft_task_type
@@ -90,16 +95,18 @@ def apply_method(base: Base | Skeleton, method: Mapping[str, Any], peft_task_typ
         raise
     except ValueError as error:
         raise UserError(f"method {name}: {error}") from error
-    for parameter in adapted.parameters():
+    for key, parameter in adapted.named_parameters():
+        if name == "lora_fa" and ".lora_A." in key:
+            parameter.requires_grad_(False)  # Zhang et al. 2023, LoRA-FA: A stays as it was drawn
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
     return adapted
 
 
 def method_config(method: Mapping[str, Any]) -> PeftConfig | None:
-    """The config that peft would get for `method`; None for ``full`` and ``head``, which are no methods of peft."""
+    """The config that peft would get for `method`; None for ``full``, ``head`` and ``bitfit``, which are no methods of peft."""
     options = {key: value for key, value in method.items() if key != "name"}
-    return None if method["name"] in ("full", "head") else _config(method["name"], options)
+    return None if method["name"] in _PLAIN else _config(method["name"], options)
 
 
 def _config_classes() -> dict[str, type[PeftConfig]]:
@@ -107,9 +114,13 @@ def _config_classes() -> dict[str, type[PeftConfig]]:
     return {str(getattr(kind, "value", kind)).lower(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 
 
+def _config_class(name: str) -> type[PeftConfig]:
+    return LoraConfig if name == "lora_fa" else _config_classes()[name]
+
+
 def _config(name: str, options: Mapping[str, Any]) -> PeftConfig:
     try:
-        return _config_classes()[name](**options)
+        return _config_class(name)(**options)
     except UserError:
         raise
     except (TypeError, ValueError) as error:

@@ -30,6 +30,7 @@ from turnrow.training.processes import from_first, is_first
 from turnrow.training.progress import ProgressBars
 from turnrow.training.quantization import quantization_package
 from turnrow.training.quiet import without_dataset_bars, without_weight_bars
+from turnrow.training.rank_allocation import rank_allocation
 from turnrow.training.recipe import Recipe
 from turnrow.training.reselection import Reselect, Reselection
 from turnrow.training.saved import SavedModel, prediction_rows, save_run, write_predictions
@@ -128,6 +129,7 @@ def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder,
         train=splits["train"].encoded,
         validation=splits["validation"].encoded if "validation" in splits else None,
         callbacks=[
+            *rank_allocation(model),
             *_reselection(recipe, task, base.tokenizer, splits["train"].encoded, model, args),
             SealAndRotate(kept_checkpoints(recipe)),
             interrupt,

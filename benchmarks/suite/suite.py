@@ -1,0 +1,143 @@
+"""A suite: which methods are compared on which tasks, and all that their runs have in common, read from YAML."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from turnrow.errors import UserError, near_matches
+
+__all__ = ["EXPERIMENTS", "Cell", "Rates", "Suite", "load_suite", "suite_names"]
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+_SUITE = ("title", "settings", "groups")
+_SETTINGS = ("recipe", "training_rows", "seeds", "learning_rates", "tasks")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The learning rates of every search of a suite."""
+
+    grid: tuple[float, ...]
+    """All that may be tried, ascending."""
+    first: tuple[float, ...]
+    """With which a search starts; it goes on beyond the best of them while that is the least or the greatest tried."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task: what a learning rate is searched for, and every seed run."""
+
+    settings: str
+    """Names what all runs have in common; runs of one method under one name are shared between suites."""
+    task: str
+    fields: Mapping[str, Any]
+    """What the method changes of the recipe: its section ``method`` and perhaps others."""
+    recipe: Mapping[str, Any]
+    """Of its runs, without data, seed, learning rate and folder."""
+    training_rows: int | None
+    seeds: tuple[int, ...]
+    rates: Rates
+
+    @property
+    def slug(self) -> str:
+        """A folder's name from all that makes the method."""
+        text = json.dumps(self.fields, sort_keys=True)
+        plain = re.sub(r'"(name|mode|method)": ', "", text)
+        return re.sub(r"[^\w.]+", "-", plain).strip("-")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What `load_suite` read."""
+
+    name: str
+    title: str
+    tasks: tuple[str, ...]
+    groups: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    """By group, the methods by the name that tables give them."""
+    _raw: Mapping[str, Any]
+
+    def cell(self, task: str, method: Mapping[str, Any]) -> Cell:
+        """The runs of a method, as `groups` has it, on a task."""
+        raw = self._raw
+        recipe = _merged(raw["recipe"], raw["tasks"][task] or {})
+        recipe.setdefault("task", {"name": task})
+        rates = Rates(*(tuple(map(float, raw["learning_rates"][name])) for name in ("grid", "first")))
+        return Cell(
+            raw["settings"],
+            task,
+            method,
+            _merged(recipe, method),
+            raw["training_rows"],
+            tuple(raw["seeds"]),
+            rates,
+        )
+
+    def cells(self, tasks: tuple[str, ...] | None = None, groups: tuple[str, ...] | None = None) -> Iterator[Cell]:
+        """Every cell once, task by task in the order of the file.
+
+        Raises:
+            UserError: there is no such task or group.
+        """
+        _check(tasks or (), self.tasks, f"suite {self.name!r} has no task")
+        _check(groups or (), self.groups, f"suite {self.name!r} has no group")
+        for task in tasks or self.tasks:
+            seen = set()
+            for group in groups or self.groups:
+                for method in self.groups[group].values():
+                    cell = self.cell(task, method)
+                    if cell.slug not in seen:
+                        seen.add(cell.slug)
+                        yield cell
+
+
+def suite_names() -> list[str]:
+    """The suites that there are."""
+    return sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
+
+
+def load_suite(name: str) -> Suite:
+    """Read ``benchmarks/experiments/NAME.yaml`` and the settings that it names.
+
+    Raises:
+        UserError: there is no such suite, or its file lacks a field or has one too many.
+    """
+    path = EXPERIMENTS / f"{name}.yaml"
+    if not path.is_file():
+        known = suite_names()
+        raise UserError(f"there is no suite {name!r}; there are {', '.join(known)}{near_matches(name, known)}")
+    raw = _read(path, _SUITE)
+    settings = _read(EXPERIMENTS / "settings" / f"{raw['settings']}.yaml", _SETTINGS)
+    return Suite(name, raw["title"], tuple(settings["tasks"]), raw["groups"], {**settings, **raw})
+
+
+def _read(path: Path, fields: tuple[str, ...]) -> dict[str, Any]:
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    _check(raw, fields, f"{path.name} has an unknown field")
+    if missing := [field for field in fields if field not in raw]:
+        raise UserError(f"{path.name} lacks {', '.join(missing)}")
+    return raw
+
+
+def _check(given: Any, allowed: Any, what: str) -> None:
+    for name in given:
+        if name not in allowed:
+            raise UserError(f"{what} {name!r}; there are {', '.join(allowed)}{near_matches(str(name), allowed)}")
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with what `over` says; mappings are merged, but for a method, which is one thing."""
+    merged = deepcopy(dict(base))
+    for name, value in over.items():
+        held = merged.get(name)
+        both = isinstance(held, Mapping) and isinstance(value, Mapping) and name != "method"
+        merged[name] = _merged(held, value) if both else deepcopy(value)  # type: ignore[arg-type]
+    return merged

@@ -1,0 +1,77 @@
+"""What is known of a method on a task: the seeds at the learning rate that was best on validation."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.suite.store import RUNS, Store
+from benchmarks.suite.suite import Cell
+
+__all__ = ["Summary", "percent", "summarize"]
+
+# In these units they are what papers print.
+_AS_IT_IS = ("perplexity", "loss", "bits_per_byte", "mse")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The runs of one cell that were evaluated on the test split."""
+
+    trained: int
+    """Trained parameters, the head included."""
+    learning_rate: float
+    metric: str
+    greater_is_better: bool
+    scores: tuple[float, ...]
+    """Main metric on the test split, one a seed; a share as a percentage."""
+    seconds_per_step: float
+    """Median over the seeds; of runs beside others on the same machine, so no benchmark."""
+    peak_memory: int | None
+    """Bytes, the most over the seeds; None where it was not recorded."""
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.mean(self.scores)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over the seeds, of a sample; None of one seed."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+    def text(self) -> str:
+        """Mean ± deviation, with one decimal, and the number of seeds where there are not yet three."""
+        spread = "" if self.deviation is None else f" ± {self.deviation:.1f}"
+        return f"{self.mean:.1f}{spread}" + (f" ({len(self.scores)})" if len(self.scores) < 3 else "")
+
+
+def summarize(cell: Cell, root: Path = RUNS) -> Summary | None:
+    """What is known of a cell so far; None while no run is evaluated on the test split."""
+    runs = [run for run in Store(cell, root).runs() if "test" in run]
+    if not runs:
+        return None
+    runs.sort(key=lambda run: run["seed"])
+    metric = runs[0]["main_metric"]
+    memory = [run["peak_memory_bytes"] for run in runs if run.get("peak_memory_bytes")]
+    return Summary(
+        trained=runs[0]["trainable_parameters"],
+        learning_rate=runs[0]["learning_rate"],
+        metric=metric,
+        greater_is_better=runs[0]["greater_is_better"],
+        scores=tuple(percent(metric, run["test"][metric]) for run in runs),
+        seconds_per_step=statistics.median(run["seconds_per_step"] for run in runs),
+        peak_memory=max(memory, default=None),
+    )
+
+
+def percent(metric: str, value: float) -> float:
+    """A metric as tables print it."""
+    return value if metric in _AS_IT_IS else 100 * value
+
+
+def failures(cell: Cell, root: Path = RUNS) -> list[dict[str, Any]]:
+    """The runs of a cell that failed."""
+    return [run for run in Store(cell, root).runs() if "failed" in run]
