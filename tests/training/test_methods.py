@@ -26,8 +26,8 @@ def trained(base: Base, method: dict[str, Any]) -> dict[str, torch.nn.Parameter]
 
 def test_our_methods_come_first_and_those_of_peft_follow() -> None:
     names = method_names()
-    assert names[:4] == ["rocoft", "road", "full", "head"]
-    assert {"lora", "ia3", "vera", "prefix_tuning"} < set(names[4:])
+    assert names[:6] == ["rocoft", "road", "full", "head", "bitfit", "lora_fa"]
+    assert {"lora", "ia3", "vera", "prefix_tuning"} < set(names[6:])
 
 
 def test_head_trains_the_new_head_alone(base: Base) -> None:
@@ -38,6 +38,18 @@ def test_head_trains_the_new_head_alone(base: Base) -> None:
 
 def test_full_trains_everything(base: Base) -> None:
     assert len(trained(base, {"name": "full"})) == len(list(base.model.parameters()))
+
+
+def test_bitfit_trains_every_bias_and_the_head(base: Base) -> None:
+    names = set(trained(base, {"name": "bitfit"}))
+    assert {"classifier" in name or name.endswith(".bias") for name in names} == {True}
+    held = sum(name.endswith(".bias") and "classifier" not in name for name, _ in base.model.named_parameters())
+    assert len([name for name in names if "classifier" not in name]) == held > 0
+
+
+def test_lora_fa_trains_b_alone(base: Base) -> None:
+    names = trained(base, {"name": "lora_fa", "r": 2, "target_modules": "all-linear"})
+    assert {name.split(".")[-3] for name in names if "lora_" in name} == {"lora_B"}
 
 
 @pytest.mark.parametrize("base", ["bfloat16"], indirect=True)
@@ -78,6 +90,8 @@ def test_targets_that_do_not_exist_are_an_error_of_the_user(base: Base) -> None:
         ({"name": "lora", "r": "x"}, "method lora.r is 'x'; expected a <class 'int'>"),
         ({"name": "lora", "r": 4, "layers_pattern": "x"}, "method lora: .*layers_to_transform"),
         ({"name": "full", "r": 1}, "method full has no field 'r'"),
+        ({"name": "bitfit", "r": 1}, "method bitfit has no field 'r'"),
+        ({"name": "lora_fa", "rr": 1}, "method lora_fa has no field 'rr'"),
         ({"name": "lora", "peft_type": "LORA"}, "peft_type cannot be set here"),
     ],
 )

@@ -53,12 +53,13 @@ def load_adapter(
 
 
 def _check_saved_modules_found(adapter: AdapterFile, model: PeftModel) -> None:
-    """peft ignores tensors of modules that the configuration does not name."""
+    """peft ignores tensors of modules that the configuration does not name; biases it loads wherever they were trained."""
+    biases = adapter.config.get("bias", "none") != "none"
     wrapped = [
         name for name, module in model.get_base_model().named_modules() if isinstance(module, ModulesToSaveWrapper)
     ]
     for name in adapter.saved_modules:
-        if not any(name.startswith(f"{module}.") for module in wrapped):
+        if not any(name.startswith(f"{module}.") for module in wrapped) and not (biases and name.endswith(".bias")):
             named = adapter.config.get("modules_to_save")
             raise AdapterError(
                 f"{adapter.path}: the file holds {name!r}, which is no module of the configuration's modules_to_save ({named})"

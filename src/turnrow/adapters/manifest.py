@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -231,8 +232,13 @@ def _original_weights(model: PeftModel) -> Iterator[None]:
     """Take the adapters off inside the block. peft puts them back as trainable, also where they were not: undo that."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with model.disable_adapter():
-            yield
+        with warnings.catch_warnings():
+            # That trained biases stay: what is described are the weights of the adapted layers.
+            warnings.filterwarnings(
+                "ignore", message="Careful, disabling adapter layers with bias", category=UserWarning
+            )
+            with model.disable_adapter():
+                yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
