@@ -100,3 +100,13 @@ def test_positions_of_roberta_start_after_the_padding_index(
     RobertaModel(config).save_pretrained(tmp_path / "roberta")
     tiny_tokenizer.save_pretrained(tmp_path / "roberta")
     assert input_limit(None, load_base(str(tmp_path / "roberta"), task)) == 32
+
+
+def test_fields_of_the_config_can_be_changed_and_unknown_ones_are_refused(tiny_base: Path, films: Path) -> None:
+    task = make_task("classification", text="sentence")
+    task.fit(read_table(str(films / "train.jsonl")))
+    base = load_base(str(tiny_base), task, model_config={"hidden_dropout_prob": 0.5})
+    assert base.model.config.hidden_dropout_prob == 0.5
+    assert {m.p for m in base.model.modules() if isinstance(m, torch.nn.Dropout)} == {0.5, 0.1}
+    with pytest.raises(UserError, match="has no field 'hidden_dropout_probs'; did you mean 'hidden_dropout_prob'"):
+        load_base(str(tiny_base), task, model_config={"hidden_dropout_probs": 0.5})

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from turnrow.errors import UserError
+from turnrow.errors import UserError, near_matches
 from turnrow.tasks import Task, ready_to_pad, resolve_max_length
 from turnrow.training.loss import use_loss_of
 from turnrow.training.quantization import (
@@ -29,6 +29,7 @@ from turnrow.training.quiet import without_load_report
 
 __all__ = [
     "Base",
+    "checked_config",
     "head_modules",
     "input_limit",
     "keep_float32",
@@ -101,6 +102,7 @@ def load_base(
     dtype: str = "float32",
     quantization: str | Mapping[str, Any] | None = None,
     device_map: Any = None,
+    model_config: Mapping[str, Any] | None = None,
 ) -> Base:
     """Load a base model for a task; its head, which is trained, is float32 whatever `dtype`.
 
@@ -110,15 +112,17 @@ def load_base(
         dtype: of the frozen weights.
         quantization: as in `Recipe.quantization`. Modules that are trained whole are never quantized.
         device_map: as in `Recipe.device_map`.
+        model_config: as in `Recipe.model_config`.
 
     Raises:
-        UserError: no such model; it cannot be quantized so, or not trained on; or `device_map` leaves weights on the disk, or
+        UserError: no such model; its config has no such field; it cannot be quantized so, or not trained on; or `device_map` leaves weights on the disk, or
             in the memory of the host while the model runs on a GPU, where no gradient reaches them.
     """
     location = resolve_model(name)
     tokenizer = load_tokenizer(location)
     config = make_quantization(quantization, getattr(torch, dtype))
-    settings = {"dtype": dtype, "device_map": device_map, **task.model_kwargs()}
+    changes = checked_config(name, location, model_config or {})
+    settings = {"dtype": dtype, "device_map": device_map, **task.model_kwargs(), **changes}
     model, new_modules = load_model(name, location, task.auto_model, quantization=config, **settings)
     heads = head_modules(model, new_modules)
     if getattr(model, "hf_quantizer", None) is not None:  # by the recipe, or because it was saved like that
@@ -133,6 +137,21 @@ def load_base(
         keep_float32(model.get_submodule(module_name))
     use_loss_of(task, model)
     return Base(model, tokenizer, new_modules)
+
+
+def checked_config(name: str, location: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `changes`, after a look whether the config of the model `name` in `location` has such fields (UserError)."""
+    if changes:
+        with plain_errors(name):
+            config = AutoConfig.from_pretrained(location)
+        known = [field for field in config.to_dict() if not field.startswith("_")]
+        for field in changes:
+            # Some fields go by more than one name.
+            if field not in known and not hasattr(config, field):
+                raise UserError(
+                    f"model_config: the config of {name!r} has no field {field!r}{near_matches(field, known)}"
+                )
+    return dict(changes)
 
 
 def load_model(

@@ -92,7 +92,12 @@ def select_indices(recipe: Recipe, samples: int | None = None) -> Selection:
         table = task.in_our_form(read_table(recipe.data.splits["train"], "train"))
         task.fit(table)
         base = load_base(
-            recipe.model, task, dtype=recipe.dtype, quantization=recipe.quantization, device_map=recipe.device_map
+            recipe.model,
+            task,
+            dtype=recipe.dtype,
+            quantization=recipe.quantization,
+            device_map=recipe.device_map,
+            model_config=recipe.model_config,
         )
         model: Any = apply_method(base, recipe.method, task.peft_task_type)
         config = model.peft_config[_ADAPTER]

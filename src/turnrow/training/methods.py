@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -79,7 +79,7 @@ def apply_method(base: Base | Skeleton, method: Mapping[str, Any], peft_task_typ
         return base.model.float().requires_grad_(True)
     if name in ("head", "bitfit"):
         # peft's own form of an adapter that has no target: only modules_to_save, and biases, are trained and saved.
-        biases = "all" if name == "bitfit" else "none"
+        biases: Literal["all", "none"] = "all" if name == "bitfit" else "none"
         config: PeftConfig = LoraConfig(target_modules=DUMMY_TARGET_MODULES, bias=biases)
     else:
         config = _config(name, options)

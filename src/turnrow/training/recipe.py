@@ -99,6 +99,8 @@ class Recipe:
     """Longest input in tokens, longer ones are cut; by default what the tokenizer and the model allow."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Storage type of the frozen base weights. Trained weights are always float32."""
+    model_config: Section | None = None
+    """Fields of the model's config that differ from what it was published with, such as ``{hidden_dropout_prob: 0.0}``."""
     device_map: int | str | Section | None = None
     """Where the weights are loaded to, shard by shard: a device (``cpu``, ``cuda:1``), ``auto``, or a mapping from modules
     to devices. By default to the memory of the host, from where the Trainer moves the model. Nothing may go to disk."""
@@ -126,6 +128,7 @@ class Recipe:
             "training": _training_options(self.training),
             "device_map": deepcopy(self.device_map),
             "quantization": _quantization(self.quantization),
+            "model_config": None if self.model_config is None else _section(self.model_config, "model_config"),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

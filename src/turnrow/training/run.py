@@ -104,7 +104,12 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> RunR
 def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder, *, overwrite: bool) -> RunResult:
     tables = _read(recipe, task)
     base = load_base(
-        recipe.model, task, dtype=recipe.dtype, quantization=recipe.quantization, device_map=recipe.device_map
+        recipe.model,
+        task,
+        dtype=recipe.dtype,
+        quantization=recipe.quantization,
+        device_map=recipe.device_map,
+        model_config=recipe.model_config,
     )
     limit = input_limit(recipe.max_length, base)
     shows = is_first() and not args.disable_tqdm

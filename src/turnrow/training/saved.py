@@ -93,7 +93,12 @@ def save_run(
         described = {
             "version": _VERSION,
             "task": trained.task.to_dict(),
-            "base": {"model": _portable(recipe.model), "dtype": recipe.dtype, "quantization": recipe.quantization},
+            "base": {
+                "model": _portable(recipe.model),
+                "dtype": recipe.dtype,
+                "quantization": recipe.quantization,
+                "model_config": recipe.model_config,
+            },
             "method": recipe.method["name"],
             "max_length": trained.max_length,
             "evaluation": trained.evaluation,
@@ -117,7 +122,8 @@ def load_saved(path: str | Path, model: str | None = None) -> SavedModel:
     name = model or described["base"]["model"]
     if (folder / "adapter_config.json").is_file():
         held = described["base"]
-        base = load_base(name, task, dtype=held["dtype"], quantization=held.get("quantization"))
+        settings = {key: held.get(key) for key in ("quantization", "model_config")}
+        base = load_base(name, task, dtype=held["dtype"], **settings)
         adapted: PreTrainedModel | PeftModel = load_adapter(base.model, folder)
     elif model is not None:
         raise UserError(f"{folder} holds a whole model, which needs no base; leave out the model {model!r}")

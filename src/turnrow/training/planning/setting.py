@@ -20,6 +20,7 @@ from turnrow.selection import needs_data
 from turnrow.tasks import Task, make_task, read_table
 from turnrow.training.base import (
     Base,
+    checked_config,
     input_limit,
     load_tokenizer,
     position_limit,
@@ -69,7 +70,8 @@ class Setting:
         # As a run builds them; nothing is written there.
         args = training_arguments(recipe, task, recipe.output_dir)
         head, notes = _head(task, recipe.data.splits["train"])
-        skeleton = load_skeleton(recipe.model, task.auto_model, head, dtype=recipe.dtype)
+        changes = checked_config(recipe.model, resolve_model(recipe.model), recipe.model_config or {})
+        skeleton = load_skeleton(recipe.model, task.auto_model, {**head, **changes}, dtype=recipe.dtype)
         tokens, more = _sequence(sequence, recipe, skeleton)
         if skeleton.model.config.pad_token_id is None:
             # Any will do: there are no tokens.
