@@ -321,6 +321,26 @@ def test_a_method_that_needs_the_weights_is_refused(config_only: Path, monkeypat
 
 
 def test_a_task_whose_inputs_are_not_known_is_refused(config_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ClassificationTask, "auto_model", "AutoModelForCausalLM")
-    with pytest.raises(UserError, match="plan knows the inputs of the tasks classification and regression"):
+    monkeypatch.setattr(ClassificationTask, "auto_model", "AutoModelForImageClassification")
+    with pytest.raises(UserError, match="plan knows the inputs of models of text, not those of the task"):
         plan(recipe(config_only))
+
+
+def test_a_language_model_is_planned_with_a_label_for_each_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    saved = []
+    for vocabulary in (100, 1100):
+        LlamaConfig(vocab_size=vocabulary, max_position_embeddings=64, **sizes).save_pretrained(tmp_path)
+        planned = own_method(tmp_path, monkeypatch, task={"name": "language_modelling"})
+        assert planned.labels is None
+        (method,) = planned.methods
+        saved.append({step.batch: step.saved_bytes for step in method.batches})
+    small, large = saved
+    for batch in small:
+        held, more = small[batch], large[batch]
+        assert held is not None
+        assert more is not None
+        # The logits of every token are kept for the backward pass, in float32, at least once.
+        assert more - held >= 4 * 1000 * 8 * batch

@@ -79,8 +79,9 @@ def _show(plan: Plan, console: Console, memory: str | None) -> None:
         plan.optimizer,
         *([f"{plan.micro_steps} micro-steps"] if plan.micro_steps > 1 else []),
     ]
+    head = "" if plan.labels is None else f"{plan.labels} labels, "
     facts = [
-        f"{plan.model}, {plan.labels} labels, {plan.sequence:,} tokens a row, on {plan.device}",
+        f"{plan.model}, {head}{plan.sequence:,} tokens a row, on {plan.device}",
         ", ".join(step),
     ]
     console.print("\n".join(facts))

@@ -72,6 +72,7 @@ def evaluate_with_harness(
 
 def _language_model(path: Path, base: str | None) -> tuple[Any, Any]:
     model: Any
+    tokenizer: Any
     if (path / TASK_FILE).is_file():
         saved = load_saved(path, base)
         model, tokenizer, what = saved.model, saved.tokenizer, f"the task {saved.task.name!r}"

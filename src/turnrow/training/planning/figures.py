@@ -59,8 +59,8 @@ class Plan:
     """What the run of a recipe would take, by method."""
 
     model: str
-    labels: int
-    """Outputs of the head."""
+    labels: int | None
+    """Outputs of the head; None of a model that keeps its own."""
     sequence: int
     """Tokens a row."""
     device: str

@@ -34,7 +34,14 @@ from turnrow.training.trainer import training_arguments
 __all__ = ["Setting"]
 
 _DEFAULT_SEQUENCE = 512
-_AUTO_MODEL = "AutoModelForSequenceClassification"
+# By the class of the model: its labels, and whether there is one a token or one a row.
+_LABELS = {
+    "AutoModelForSequenceClassification": (("labels",), False),
+    "AutoModelForQuestionAnswering": (("start_positions", "end_positions"), False),
+    "AutoModelForCausalLM": (("labels",), True),
+    "AutoModelForMaskedLM": (("labels",), True),
+    "AutoModelForSeq2SeqLM": (("labels",), True),
+}
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,8 @@ class Setting:
             UserError: the recipe's arguments, model, labels or task cannot be used, or `sequence` is out of range.
         """
         task = make_task(**recipe.task)
-        if task.auto_model != _AUTO_MODEL:
-            raise UserError(
-                f"plan knows the inputs of the tasks classification and regression, not those of {task.name!r}"
-            )
+        if task.auto_model not in _LABELS:
+            raise UserError(f"plan knows the inputs of models of text, not those of the task {task.name!r}")
         # As a run builds them; nothing is written there.
         args = training_arguments(recipe, task, recipe.output_dir)
         head, notes = _head(task, recipe.data.splits["train"])
@@ -95,8 +100,10 @@ class Setting:
         return torch.device(self.args.device)
 
     @property
-    def labels(self) -> int:
-        """Outputs of the head."""
+    def labels(self) -> int | None:
+        """Outputs of the head; None of a model that has no head of its own for the task."""
+        if self.task.auto_model != "AutoModelForSequenceClassification":
+            return None
         return int(self.skeleton.model.config.num_labels or 0)
 
     @property
@@ -114,10 +121,13 @@ class Setting:
         """A batch of full rows, with a mask, as if some row were shorter."""
         size = (batch, self.sequence)
         regression = self.skeleton.model.config.problem_type == "regression"
+        names, one_a_token = _LABELS[self.task.auto_model]
+        dtype = torch.float32 if regression else torch.long
+        labels = torch.zeros(size if one_a_token else batch, dtype=dtype, device=self.device)
         return {
             "input_ids": torch.zeros(size, dtype=torch.long, device=self.device),
             "attention_mask": torch.ones(size, dtype=torch.long, device=self.device),
-            "labels": torch.zeros(batch, dtype=torch.float32 if regression else torch.long, device=self.device),
+            **dict.fromkeys(names, labels),
         }
 
     def prepare(self, model: PreTrainedModel | Any) -> None:
@@ -141,7 +151,7 @@ class Setting:
 
 def _head(task: Task, train: str) -> tuple[dict[str, Any], list[str]]:
     """The settings of the model's head, and what was assumed of them."""
-    if task.name == "regression":
+    if task.name != "classification":
         return task.model_kwargs(), []
     if not Path(train).is_file():
         return {"num_labels": 2}, [f"2 labels: the training split {train!r} is no local file"]
