@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["GenerationTask"]
+__all__ = ["GenerationTask", "refuse_empty"]
 
 # Those of transformers' GenerationConfig that would change what the run hands back, or that the tokenizer decides.
 _RESERVED = (
@@ -129,32 +129,22 @@ class GenerationTask(Task):
         gold = self.gold_columns() if answered and split != "predict" else []
         wanted = [*self.input_columns(), *([] if answered else self._target().columns), *gold]
         require_columns(data, list(dict.fromkeys(wanted)), split)
-        if self.chat:
-            check_chat(tokenizer)
-        prompter = Prompter(
-            tokenizer,
-            self._templates(),
-            None if answered else self._target(),
-            self.architecture == "decoder",
-            self.chat,
-            self.system,
-        )
+        prompter = self._prompter(tokenizer, learned=not answered)
         limit = resolve_max_length(tokenizer, max_length)
         if answered and prompter.decoder:
             limit = self._room_for_prompt(limit)
-        texts = [*{name for template in self._templates() for name in template.columns}, *self._target().columns]
 
         def encode_row(row: dict[str, Any], number: int) -> dict[str, Any]:
             place = f"{describe_split(data, split)}, row {number + 1}"
-            values = {name: _text(row.get(name), name, place) for name in texts}
+            values = self._texts(row, place)
             if answered:
                 ids = prompter.prompt(values, limit, place)
-                _refuse_empty(ids, place)
+                refuse_empty(ids, place)
                 return {"input_ids": ids, "attention_mask": [1] * len(ids)}
             ids, answer = prompter.example(values, limit, place)
             if not prompter.decoder:
                 return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": answer}
-            _refuse_empty(ids, place)
+            refuse_empty(ids, place)
             return {
                 "input_ids": ids + answer,
                 "attention_mask": [1] * (len(ids) + len(answer)),
@@ -176,6 +166,24 @@ class GenerationTask(Task):
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], Any]:
         """Return a collator that pads a batch to its longest row."""
         return LanguageCollator(tokenizer, decoder=self.architecture == "decoder")
+
+    def _prompter(self, tokenizer: PreTrainedTokenizerBase, *, learned: bool) -> Prompter:
+        """What writes the prompts and, where they are `learned`, the answers."""
+        if self.chat:
+            check_chat(tokenizer, "option 'chat' is true")
+        return Prompter(
+            tokenizer,
+            self._templates(),
+            self._target() if learned else None,
+            self.architecture == "decoder",
+            self.chat,
+            self.system,
+        )
+
+    def _texts(self, row: Mapping[str, Any], place: str) -> dict[str, str]:
+        """The row's values of all columns that the templates name, as they stand there."""
+        names = [*{name for template in self._templates() for name in template.columns}, *self._target().columns]
+        return {name: _text(row.get(name), name, place) for name in names}
 
     def _templates(self) -> list[Template]:
         return parse_templates(self.prompt, "prompt")
@@ -216,7 +224,8 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _refuse_empty(ids: list[int], place: str) -> None:
+def refuse_empty(ids: list[int], place: str) -> None:
+    """Refuse a prompt without a single token."""
     if not ids:
         raise UserError(f"{place}: the prompt is empty, so the model would have nothing to go on with; remove the row")
 

@@ -1,32 +1,59 @@
-"""How likely a causal language model finds the tokens that it is shown."""
+"""How likely a language model finds the tokens that it is shown."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from turnrow.errors import UserError
 from turnrow.tasks.padding import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["token_losses"]
+__all__ = ["finite_losses", "perplexity", "token_losses"]
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+def token_losses(logits: Tensor, labels: Tensor, decoder: bool = True) -> Tensor:
     """Return -log p(label | the tokens before it), in nats; 0 where a label is ignored.
 
     Args:
         logits: of shape (rows, tokens, vocabulary).
         labels: of shape (rows, tokens); `IGNORED` where nothing is asked.
+        decoder: whether the labels are the input itself, so that a token's logits foresee the next one; those of an
+            encoder-decoder foresee the label at their own place.
 
     Returns:
-        Of shape (rows, tokens), float32. The first token of a row has nothing before it and counts 0.
+        Of shape (rows, tokens), float32. The first token of a decoder's row has nothing before it and counts 0.
     """
     import torch
 
+    if decoder:
+        return torch.nn.functional.pad(token_losses(logits[:, :-1], labels[:, 1:], decoder=False), (1, 0))
     # Row by row: in float32, all of a batch may be many times the model's own logits.
     losses = [
-        torch.nn.functional.cross_entropy(row[:-1].float(), label[1:], ignore_index=IGNORED, reduction="none")
+        torch.nn.functional.cross_entropy(row.float(), label, ignore_index=IGNORED, reduction="none")
         for row, label in zip(logits, labels, strict=True)
     ]
-    return torch.nn.functional.pad(torch.stack(losses), (1, 0))
+    return torch.stack(losses)
+
+
+def finite_losses(predictions: np.ndarray, what: str) -> np.ndarray:
+    """Return losses as float64, or refuse them; `what` they are of, in the plural."""
+    losses = np.asarray(predictions, dtype=np.float64)
+    if bad := int((~np.isfinite(losses)).reshape(len(losses), -1).any(axis=1).sum()):
+        raise UserError(
+            f"{bad} of {len(losses)} {what} have a loss that is not finite: the model has diverged; train it with a lower "
+            "learning rate"
+        )
+    return losses
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a mean loss in nats; infinite where that is no number."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

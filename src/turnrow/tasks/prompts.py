@@ -12,15 +12,28 @@ from turnrow.tasks.templates import Template, choose
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Prompter", "check_chat"]
+__all__ = ["ALPACA_PROMPTS", "Prompter", "check_chat"]
+
+_REQUEST = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
+ALPACA_PROMPTS = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    + _REQUEST
+    + "### Input:\n{input}\n\n### Response:\n",
+    "Below is an instruction that describes a task. " + _REQUEST + "### Response:\n",
+)
+"""The prompts of Alpaca (Taori et al. 2023), with and without an input, as columns `instruction` and `input`.
+
+LLM-Adapters (Hu et al. 2023) has the same words, indented by the layout of its source; so has ReFT (Wu et al. 2024), whose protocol
+RoAd (Liao et al. 2024) follows.
+"""
 
 
-def check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that has no chat template."""
+def check_chat(tokenizer: PreTrainedTokenizerBase, reason: str) -> None:
+    """Refuse a tokenizer that has no chat template, where `reason` asks for one."""
     if not tokenizer.chat_template:
         raise UserError(
-            f"option 'chat' is true, but the tokenizer {tokenizer.name_or_path!r} has no chat template; take a model that was "
-            "tuned for conversations, set tokenizer.chat_template and save it again, or leave 'chat' out"
+            f"{reason}, but the tokenizer {tokenizer.name_or_path!r} has no chat template; take a model that was tuned for "
+            "conversations, set tokenizer.chat_template and save it again, or do without"
         )
 
 
@@ -43,6 +56,10 @@ class Prompter:
     """Whether the prompt is a turn of a conversation, in the tokenizer's own form."""
     system: str | None = None
     """What a conversation begins with."""
+
+    def filled(self, row: Mapping[str, str]) -> str:
+        """Return a row's prompt as text, however long it is."""
+        return choose(self.prompts, row).fill(row)
 
     def prompt(self, row: Mapping[str, str], limit: int, place: str) -> list[int]:
         """Return the tokens of a row's prompt, the longest of its texts cut so that they are at most `limit`.
@@ -68,10 +85,10 @@ class Prompter:
         answer = self.target.fill(row)
         if not answer.strip():
             raise UserError(f"{place}: the answer is blank, so there is nothing to learn from this row; remove it")
-        ids = self._answer_ids(row, answer)
+        ids = self.answer(row, answer)
         if not self.decoder:
             return self.prompt(row, limit, place), ids[:limit]
-        whole = len(self._prompt_ids(choose(self.prompts, row).fill(row)))
+        whole = len(self._prompt_ids(self.filled(row)))
         ids = ids[: limit - min(whole, limit // 2)]
         return self.prompt(row, limit - len(ids), place), ids
 
@@ -84,9 +101,10 @@ class Prompter:
             ids.pop()
         return ids
 
-    def _answer_ids(self, row: Mapping[str, str], answer: str) -> list[int]:
+    def answer(self, row: Mapping[str, str], answer: str) -> list[int]:
+        """Return the tokens of an answer to a row's prompt, with the one that ends it, however many they are."""
         if self.chat:
-            question = choose(self.prompts, row).fill(row)
+            question = self.filled(row)
             asked, whole = self._conversation(question), self._conversation(question, answer)
             if not whole.startswith(asked):
                 raise UserError(

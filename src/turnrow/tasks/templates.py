@@ -8,7 +8,7 @@ from typing import Any
 
 from turnrow.errors import UserError
 
-__all__ = ["Template", "parse_templates"]
+__all__ = ["Template", "choose", "longest_beginning", "parse_templates"]
 
 
 class Template:
@@ -53,18 +53,23 @@ class Template:
         if fits(filled):
             return filled
         longest = max(self.columns, key=lambda name: len(row[name]))
-        value = row[longest]
 
-        def cut(length: int) -> str:
-            return self.fill({**row, longest: value[:length].rstrip()})
+        def cut(value: str) -> str:
+            return self.fill({**row, longest: value})
 
-        if not fits(cut(0)):
-            return None
-        shortest, too_long = 0, len(value)
-        while too_long - shortest > 1:
-            middle = (shortest + too_long) // 2
-            shortest, too_long = (middle, too_long) if fits(cut(middle)) else (shortest, middle)
-        return cut(shortest)
+        value = longest_beginning(row[longest], lambda beginning: fits(cut(beginning)))
+        return None if value is None else cut(value)
+
+
+def longest_beginning(text: str, fits: Callable[[str], bool]) -> str | None:
+    """Return the longest beginning of a text that fits, which the whole does not; None if not even nothing fits."""
+    if not fits(""):
+        return None
+    shortest, too_long = 0, len(text)
+    while too_long - shortest > 1:
+        middle = (shortest + too_long) // 2
+        shortest, too_long = (middle, too_long) if fits(text[:middle].rstrip()) else (shortest, middle)
+    return text[:shortest].rstrip()
 
 
 def parse_templates(texts: str | Sequence[str], option: str) -> list[Template]:
