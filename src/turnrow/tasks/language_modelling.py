@@ -12,7 +12,7 @@ import numpy as np
 
 from turnrow.errors import UserError
 from turnrow.tasks.columns import describe_split, is_name, require_columns, text_column
-from turnrow.tasks.likelihood import token_losses
+from turnrow.tasks.likelihood import finite_losses, perplexity, token_losses
 from turnrow.tasks.padding import IGNORED, LanguageCollator
 from turnrow.tasks.task import Task
 from turnrow.tasks.tokens import resolve_max_length
@@ -125,19 +125,19 @@ class LanguageModellingTask(Task):
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray, encoded: Dataset | None = None) -> dict[str, float]:
         """Score -log p of shape (blocks, tokens) over all tokens but the first of each block."""
-        losses = _finite(predictions)
+        losses = finite_losses(predictions, "blocks")
         counted = np.asarray(labels) != IGNORED
         counted[:, 0] = False
         total, tokens = float(losses[counted].sum()), int(counted.sum())
         mean = total / tokens
-        scores = {"perplexity": _exponential(mean), "loss": mean}
+        scores = {"perplexity": perplexity(mean), "loss": mean}
         if encoded is not None and (size := sum(encoded["bytes"])):
             scores["bits_per_byte"] = total / math.log(2) / size
         return scores
 
     def decode(self, predictions: np.ndarray, encoded: Dataset | None = None) -> list[dict[str, Any]]:
         """Return for each text its `perplexity` and how many of its `tokens` were counted; None of a text without any."""
-        losses = _finite(predictions)
+        losses = finite_losses(predictions, "blocks")
         assert encoded is not None
         owners = [np.asarray(block) for block in encoded["example"]]
         examples = 1 + max(int(block.max()) for block in owners)
@@ -146,7 +146,7 @@ class LanguageModellingTask(Task):
             np.add.at(sums, owner[1:], row[1 : len(owner)])
             np.add.at(counts, owner[1:], 1)
         return [
-            {"perplexity": _exponential(total / count) if count else None, "tokens": int(count)}
+            {"perplexity": perplexity(total / count) if count else None, "tokens": int(count)}
             for total, count in zip(sums, counts, strict=True)
         ]
 
@@ -157,21 +157,3 @@ def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, batch: int = 1
     for start in range(0, len(texts), batch):
         for ids in tokenizer(texts[start : start + batch], add_special_tokens=False)["input_ids"]:
             yield list(ids) + ([] if end is None else [end])
-
-
-def _finite(predictions: np.ndarray) -> np.ndarray:
-    losses = np.asarray(predictions, dtype=np.float64)
-    if bad := int((~np.isfinite(losses).all(axis=1)).sum()):
-        raise UserError(
-            f"{bad} of {len(losses)} blocks have a loss that is not finite: the model has diverged; train it with a lower "
-            "learning rate"
-        )
-    return losses
-
-
-def _exponential(loss: float) -> float:
-    """Infinite where the exponential is no number."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
