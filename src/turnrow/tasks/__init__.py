@@ -1,11 +1,15 @@
 """Data sets, encoding and metrics: everything about a task that needs neither a model nor a method."""
 
+from turnrow.tasks.arithmetic import ArithmeticTask
 from turnrow.tasks.catalog import CATALOG
+from turnrow.tasks.choice import MultipleChoiceTask
 from turnrow.tasks.classification import ClassificationTask
 from turnrow.tasks.generation import GenerationTask
+from turnrow.tasks.instruction import InstructionTask
 from turnrow.tasks.language_modelling import LanguageModellingTask
 from turnrow.tasks.registry import TASKS, make_task, task_from_dict
 from turnrow.tasks.regression import RegressionTask
+from turnrow.tasks.summarization import SummarizationTask
 from turnrow.tasks.tables import read_table, split_files
 from turnrow.tasks.task import Task
 from turnrow.tasks.tokens import ready_to_pad, resolve_max_length
@@ -13,10 +17,14 @@ from turnrow.tasks.tokens import ready_to_pad, resolve_max_length
 __all__ = [
     "CATALOG",
     "TASKS",
+    "ArithmeticTask",
     "ClassificationTask",
     "GenerationTask",
+    "InstructionTask",
     "LanguageModellingTask",
+    "MultipleChoiceTask",
     "RegressionTask",
+    "SummarizationTask",
     "Task",
     "make_task",
     "read_table",

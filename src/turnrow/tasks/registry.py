@@ -6,15 +6,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from turnrow.errors import UserError, near_matches
+from turnrow.tasks.arithmetic import ArithmeticTask
 from turnrow.tasks.catalog import CATALOG
+from turnrow.tasks.choice import MultipleChoiceTask
 from turnrow.tasks.classification import ClassificationTask
+from turnrow.tasks.instruction import InstructionTask
 from turnrow.tasks.language_modelling import LanguageModellingTask
 from turnrow.tasks.regression import RegressionTask
+from turnrow.tasks.summarization import SummarizationTask
 from turnrow.tasks.task import Task
 
 __all__ = ["TASKS", "make_task", "task_from_dict"]
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (ClassificationTask, LanguageModellingTask, RegressionTask)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (
+        ClassificationTask,
+        RegressionTask,
+        MultipleChoiceTask,
+        ArithmeticTask,
+        SummarizationTask,
+        InstructionTask,
+        LanguageModellingTask,
+    )
+}
 """The class of each kind of task by the name that recipes use."""
 
 

@@ -1,0 +1,165 @@
+"""Conversations of several turns, in the form in which a tokenizer writes them, within a number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from turnrow.errors import UserError
+from turnrow.tasks.padding import IGNORED
+from turnrow.tasks.templates import longest_beginning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Turns", "answered_conversation", "asked_conversation", "read_turns"]
+
+Turns = list[dict[str, str]]
+"""Messages with `role` and `content`."""
+
+
+def read_turns(value: Any, column: str, place: str) -> Turns:
+    """Return the messages in a cell.
+
+    Raises:
+        UserError: they are no list of objects with a role and a text.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise UserError(f"{place}: column {column!r} must hold a list of messages, got {value!r}")
+    turns = []
+    for number, message in enumerate(value, start=1):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise UserError(
+                f"{place}, message {number}: a message is an object with the texts 'role' and 'content', got {message!r}"
+            )
+        turns.append({"role": role, "content": content})
+    return turns
+
+
+def asked_conversation(tokenizer: PreTrainedTokenizerBase, turns: Turns, limit: int, place: str) -> list[int]:
+    """Return the tokens of a conversation up to the answer that is asked for; a last answer that it holds is left out.
+
+    Args:
+        tokenizer: with a chat template.
+        turns: as `read_turns` returns them.
+        limit: the most tokens. Where there are more, the oldest exchanges are left out, and then the longest message of the last
+            one is cut at its end. A system message at the beginning stays.
+        place: of the row, for errors.
+
+    Raises:
+        UserError: there is no question, the template refuses the turns, or they do not fit even so.
+    """
+    while turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    if not any(turn["role"] != "system" for turn in turns):
+        raise UserError(f"{place}: the conversation holds no message to be answered")
+    return _shortened(tokenizer, turns, limit, place)
+
+
+def answered_conversation(
+    tokenizer: PreTrainedTokenizerBase, turns: Turns, limit: int, place: str
+) -> tuple[list[int], list[int]]:
+    """Return the tokens of a conversation, and labels that are `IGNORED` but for what the assistant says.
+
+    The tokens of an answer are made apart from those before it, so that a model is trained on exactly what it later goes on
+    with. What follows the last answer is left out. The rest is as in `asked_conversation`; the last answer is cut at its end
+    where it would leave its question less than half of `limit`.
+
+    Raises:
+        UserError: the assistant says nothing, or a blank; or as in `asked_conversation`.
+    """
+    while turns and turns[-1]["role"] != "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise UserError(
+            f"{place}: the assistant says nothing in this conversation, so there is nothing to learn; remove it"
+        )
+    if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in turns):
+        raise UserError(
+            f"{place}: an answer of the assistant is blank, so there is nothing to learn from it; remove the row"
+        )
+    while True:
+        pieces = _pieces(tokenizer, turns, place)
+        if sum(len(ids) for ids, _ in pieces) <= limit:
+            break
+        shorter = _without_oldest(turns)
+        if shorter is None:
+            (asked, _), (answer, _) = pieces
+            answer = answer[: limit - min(len(asked), limit // 2)]
+            pieces = [(_shortened(tokenizer, turns[:-1], limit - len(answer), place), False), (answer, True)]
+            break
+        turns = shorter
+    ids = [token for piece, _ in pieces for token in piece]
+    labels = [token if learned else IGNORED for piece, learned in pieces for token in piece]
+    return ids, labels
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, turns: Turns, place: str) -> list[tuple[list[int], bool]]:
+    """The tokens between answers, and those of answers, in turn; with whether they are an answer."""
+    pieces = []
+    written = ""
+    for number, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        asked = _written(tokenizer, turns[:number], place, asks=True)
+        whole = _written(tokenizer, turns[: number + 1], place, asks=False)
+        if not asked.startswith(written) or not whole.startswith(asked):
+            raise UserError(
+                f"the chat template of the tokenizer {tokenizer.name_or_path!r} writes a turn otherwise once others follow it, "
+                "so the answers cannot be told from what is between them; take another template"
+            )
+        pieces += [(asked.removeprefix(written), False), (whole.removeprefix(asked), True)]
+        written = whole
+    return [(_ids(tokenizer, text), learned) for text, learned in pieces]
+
+
+def _shortened(tokenizer: PreTrainedTokenizerBase, turns: Turns, limit: int, place: str) -> list[int]:
+    def tokens(asked: Turns) -> list[int]:
+        return _ids(tokenizer, _written(tokenizer, asked, place, asks=True))
+
+    while len(ids := tokens(turns)) > limit:
+        shorter = _without_oldest(turns)
+        if shorter is None:
+            break
+        turns = shorter
+    if len(ids) <= limit:
+        return ids
+    longest = max(range(len(turns)), key=lambda number: len(turns[number]["content"]))
+
+    def cut(content: str) -> Turns:
+        return [*turns[:longest], {**turns[longest], "content": content}, *turns[longest + 1 :]]
+
+    content = longest_beginning(turns[longest]["content"], lambda text: len(tokens(cut(text))) <= limit)
+    if content is None:
+        raise UserError(
+            f"{place}: the conversation takes more than {limit} tokens even without its longest message; raise max_length"
+        )
+    return tokens(cut(content))
+
+
+def _without_oldest(turns: Turns) -> Turns | None:
+    """Without the oldest exchange behind the system message; None if there is but one."""
+    start = 0
+    while start < len(turns) and turns[start]["role"] == "system":
+        start += 1
+    for number in range(start, len(turns) - 1):
+        if turns[number]["role"] == "assistant":
+            return turns[:start] + turns[number + 1 :]
+    return None
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, turns: Turns, place: str, *, asks: bool) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks))
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise UserError(
+            f"{place}: the chat template of the tokenizer {tokenizer.name_or_path!r} refuses the turns {roles}: {error}"
+        ) from error
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
