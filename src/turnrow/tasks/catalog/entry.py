@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -44,14 +43,10 @@ class Entry:
         """Return `data` in the form that the task reads; unchanged where it is not in the hub's form."""
         held = set(data.column_names)
         if self.convert is not None and held.issuperset(self.reads):
-            converted = data.with_format(None).map(
-                self.convert,
-                remove_columns=data.column_names,
-                keep_in_memory=True,
-                load_from_cache_file=False,
-                new_fingerprint=uuid.uuid4().hex,
-                desc=f"Reading {self.name}",
-            )
+            from datasets import Dataset as Table
+
+            # Not by `map`, which would turn "false" back into a truth value where the hub's column of that name held those.
+            converted = Table.from_list([self.convert(row) for row in data.with_format(None)])
             converted.info.dataset_name = data.info.dataset_name
             return converted
         renamed = {theirs: ours for theirs, ours in self.columns.items() if theirs in held}
