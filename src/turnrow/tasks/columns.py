@@ -10,12 +10,18 @@ from turnrow.errors import UserError, near_matches
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["describe_split", "is_name", "require_columns", "text_column", "value_column"]
+__all__ = ["check_name", "describe_split", "is_name", "require_columns", "text_column", "value_column"]
 
 
 def is_name(value: object) -> bool:
     """Whether a value can be the name of a column."""
     return isinstance(value, str) and bool(value)
+
+
+def check_name(value: object, option: str) -> None:
+    """Refuse a value of `option` that cannot be the name of a column."""
+    if not is_name(value):
+        raise UserError(f"option {option!r} must be the name of a column, got {value!r}")
 
 
 def describe_split(data: Dataset, split: str) -> str:

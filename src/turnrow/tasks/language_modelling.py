@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from turnrow.errors import UserError
-from turnrow.tasks.columns import describe_split, is_name, require_columns, text_column
+from turnrow.tasks.columns import check_name, describe_split, require_columns, text_column
 from turnrow.tasks.likelihood import finite_losses, perplexity, token_losses
 from turnrow.tasks.padding import IGNORED, LanguageCollator
 from turnrow.tasks.task import Task
@@ -48,8 +48,7 @@ class LanguageModellingTask(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_name(self.text):
-            raise UserError(f"option 'text' must be the name of a column, got {self.text!r}")
+        check_name(self.text, "text")
 
     def columns(self) -> list[str]:
         """Return the column of the text."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from turnrow.errors import UserError
-from turnrow.tasks.columns import describe_split, is_name, require_columns, text_column
+from turnrow.tasks.columns import check_name, describe_split, is_name, require_columns, text_column
 from turnrow.tasks.task import Task
 from turnrow.tasks.tokens import ready_to_pad, resolve_max_length, tokenize
 
@@ -40,8 +40,7 @@ class SequenceTask(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.text_columns = _one_or_two_names(self.text)
-        if not is_name(self.label):
-            raise UserError(f"option 'label' must be the name of a column, got {self.label!r}")
+        check_name(self.label, "label")
         if len({*self.text_columns, self.label}) <= len(self.text_columns):
             raise UserError(
                 f"options 'text' and 'label' must name different columns, got {self.text!r} and {self.label!r}"
