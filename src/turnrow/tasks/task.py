@@ -78,8 +78,8 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def peft_task_type(self) -> str:
-        """A `peft.TaskType`."""
+    def peft_task_type(self) -> str | None:
+        """A `peft.TaskType`; None where peft has none that fits."""
 
     @property
     def main_metric(self) -> str:

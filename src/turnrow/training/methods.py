@@ -11,7 +11,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import PreTrainedModel
 
 from turnrow.errors import UserError, near_matches
-from turnrow.training.base import Base
+from turnrow.training.base import Base, head_modules
 from turnrow.training.options import check_names, check_options
 from turnrow.training.skeleton import Skeleton
 
@@ -60,16 +60,18 @@ def check_method(method: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": name, **options}
 
 
-def apply_method(base: Base | Skeleton, method: Mapping[str, Any], peft_task_type: str) -> PreTrainedModel | PeftModel:
+def apply_method(
+    base: Base | Skeleton, method: Mapping[str, Any], peft_task_type: str | None
+) -> PreTrainedModel | PeftModel:
     """Make a base trainable by `method`; trained parameters are float32.
 
-    Modules that the pretrained weights did not hold are trained and saved whatever the method, since the adapter could not
-    be used without them.
+    The head and modules that the pretrained weights did not hold are trained and saved whatever the method, since the
+    adapter could not be used without them.
 
     Args:
         base: its model is changed in place.
         method: as returned by `check_method`.
-        peft_task_type: such as ``"SEQ_CLS"``, for which peft itself trains and saves the modules of the head.
+        peft_task_type: such as ``"SEQ_CLS"``; None where peft has no name for it.
 
     Returns:
         A `peft.PeftModel`, or the base's own model for the method ``full``.
@@ -85,16 +87,20 @@ def apply_method(base: Base | Skeleton, method: Mapping[str, Any], peft_task_typ
         config = _config(name, options)
     config.task_type = peft_task_type
     if hasattr(config, "modules_to_save"):
-        # peft adds classifier and score for SEQ_CLS by itself.
-        new_modules = [name for name in base.new_modules if name not in ("classifier", "score")]
-        saved = [*(config.modules_to_save or []), *new_modules]
-        config.modules_to_save = list(dict.fromkeys(saved)) or None
+        # For SEQ_CLS peft adds the head by itself and keeps it out of 'all-linear'; for other tasks only what is named
+        # here stays out.
+        added = ("classifier", "score") if peft_task_type == "SEQ_CLS" else ()
+        whole = [name for name in head_modules(base.model, base.new_modules) if name not in added]
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *whole])) or None
     try:
         adapted = get_peft_model(base.model, config)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"method {name}: {error}") from error
+    if hasattr(config, "modules_to_save") and config.modules_to_save:
+        # peft adds the head for questions once more.
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))
     for key, parameter in adapted.named_parameters():
         if name == "lora_fa" and ".lora_A." in key:
             parameter.requires_grad_(False)  # Zhang et al. 2023, LoRA-FA: A stays as it was drawn

@@ -137,7 +137,7 @@ def _plan_method(method: Mapping[str, Any], setting: Setting, sizes: Sequence[in
     )
 
 
-def _adapted(base: Skeleton, method: Mapping[str, Any], peft_task_type: str) -> tuple[Any, list[str]]:
+def _adapted(base: Skeleton, method: Mapping[str, Any], peft_task_type: str | None) -> tuple[Any, list[str]]:
     """The model with the adapter, and what the method warned of."""
     try:
         with torch.device("meta"), warnings.catch_warnings(record=True) as caught:
