@@ -99,6 +99,11 @@ class Task(ABC):
 
         return CATALOG[self.dataset].in_our_form(data)
 
+    @property
+    def settles(self) -> bool:
+        """Whether something of the task is chosen on the validation split once training is done; see `settle`."""
+        return False
+
     @abstractmethod
     def columns(self) -> list[str]:
         """Return the columns that a labelled split must have."""
@@ -176,6 +181,10 @@ class Task(ABC):
     @abstractmethod
     def decode(self, predictions: np.ndarray, encoded: Dataset | None = None) -> list[dict[str, Any]]:
         """Return for each example a JSON object: its `prediction` in terms of the data, and a score if it has one."""
+
+    def settle(self, predictions: np.ndarray, labels: np.ndarray, encoded: Dataset) -> None:
+        """Choose what `settles` speaks of, such as a threshold, by the encoded validation split and its predictions."""
+        raise NotImplementedError(f"the task {self.name!r} chooses nothing once training is done")
 
     def to_dict(self) -> dict[str, Any]:
         """Return all that `turnrow.tasks.task_from_dict` needs to make this task again, as JSON can hold it."""

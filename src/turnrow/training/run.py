@@ -153,6 +153,9 @@ def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder,
     trained = count_parameters(model).trainable
     if recipe.reselection is not None:
         unite(model)  # type: ignore[arg-type]
+    if task.settles:
+        held = splits["validation"].encoded
+        task.settle(*current.predict(held, "validation", progress="validation" if shows else None), held)
     after, rows = _evaluate(current, splits["test"], "test, after" if shows else None)
 
     counts = count_parameters(model)

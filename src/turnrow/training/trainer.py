@@ -154,6 +154,10 @@ def training_arguments(recipe: Recipe, task: Task, folder: str) -> TrainingArgum
         given.get("load_best_model_at_end") or given.get("eval_strategy", "no") != "no" or given.get("eval_on_start")
     ):
         raise UserError("training evaluates on the validation split, but data.validation is missing; name a file there")
+    if task.settles and not evaluates:
+        raise UserError(
+            f"the task {task.name!r} chooses something on the validation split, but data.validation is missing; name a file there"
+        )
     eval_strategy = given.get("eval_strategy", ("steps" if "eval_steps" in given else "epoch") if evaluates else "no")
     follows = eval_strategy if given.get("load_best_model_at_end") else "epoch"
     defaults: dict[str, Any] = {
