@@ -4,11 +4,13 @@ from turnrow.tasks.arithmetic import ArithmeticTask
 from turnrow.tasks.catalog import CATALOG
 from turnrow.tasks.choice import MultipleChoiceTask
 from turnrow.tasks.classification import ClassificationTask
+from turnrow.tasks.extractive_qa import ExtractiveQATask
 from turnrow.tasks.generation import GenerationTask
 from turnrow.tasks.instruction import InstructionTask
 from turnrow.tasks.language_modelling import LanguageModellingTask
 from turnrow.tasks.registry import TASKS, make_task, task_from_dict
 from turnrow.tasks.regression import RegressionTask
+from turnrow.tasks.squad import best_threshold
 from turnrow.tasks.summarization import SummarizationTask
 from turnrow.tasks.tables import read_table, split_files
 from turnrow.tasks.task import Task
@@ -19,6 +21,7 @@ __all__ = [
     "TASKS",
     "ArithmeticTask",
     "ClassificationTask",
+    "ExtractiveQATask",
     "GenerationTask",
     "InstructionTask",
     "LanguageModellingTask",
@@ -26,6 +29,7 @@ __all__ = [
     "RegressionTask",
     "SummarizationTask",
     "Task",
+    "best_threshold",
     "make_task",
     "read_table",
     "ready_to_pad",

@@ -10,6 +10,7 @@ from turnrow.tasks.arithmetic import ArithmeticTask
 from turnrow.tasks.catalog import CATALOG
 from turnrow.tasks.choice import MultipleChoiceTask
 from turnrow.tasks.classification import ClassificationTask
+from turnrow.tasks.extractive_qa import ExtractiveQATask
 from turnrow.tasks.instruction import InstructionTask
 from turnrow.tasks.language_modelling import LanguageModellingTask
 from turnrow.tasks.regression import RegressionTask
@@ -23,6 +24,7 @@ TASKS: dict[str, type[Task]] = {
     for task in (
         ClassificationTask,
         RegressionTask,
+        ExtractiveQATask,
         MultipleChoiceTask,
         ArithmeticTask,
         SummarizationTask,
