@@ -10,6 +10,7 @@ from turnrow.tasks.instruction import InstructionTask
 from turnrow.tasks.language_modelling import LanguageModellingTask
 from turnrow.tasks.registry import TASKS, make_task, task_from_dict
 from turnrow.tasks.regression import RegressionTask
+from turnrow.tasks.sampling import FEW_SHOT_SEEDS, draw_few_shot
 from turnrow.tasks.squad import best_threshold
 from turnrow.tasks.summarization import SummarizationTask
 from turnrow.tasks.tables import read_table, split_files
@@ -18,6 +19,7 @@ from turnrow.tasks.tokens import ready_to_pad, resolve_max_length
 
 __all__ = [
     "CATALOG",
+    "FEW_SHOT_SEEDS",
     "TASKS",
     "ArithmeticTask",
     "ClassificationTask",
@@ -30,6 +32,7 @@ __all__ = [
     "SummarizationTask",
     "Task",
     "best_threshold",
+    "draw_few_shot",
     "make_task",
     "read_table",
     "ready_to_pad",

@@ -49,6 +49,11 @@ class ClassTask(Task):
         check_name(self.label, "label")
         super().__post_init__()
 
+    @property
+    def class_column(self) -> str:
+        """The column of the label."""
+        return self.label
+
     def fit(self, train: Dataset) -> None:
         """Learn the labels of the training split and number them."""
         require_columns(train, self.columns(), "train")

@@ -100,6 +100,11 @@ class Task(ABC):
         return CATALOG[self.dataset].in_our_form(data)
 
     @property
+    def class_column(self) -> str | None:
+        """The column of the class, by which few-shot examples are drawn; None: there are no classes."""
+        return None
+
+    @property
     def settles(self) -> bool:
         """Whether something of the task is chosen on the validation split once training is done; see `settle`."""
         return False

@@ -18,13 +18,14 @@ from transformers import TrainingArguments
 from turnrow import RocoftConfig, select
 from turnrow.errors import UserError
 from turnrow.selection import Selection, needs_data
-from turnrow.tasks import Task, make_task, read_table
+from turnrow.tasks import Task, make_task
 from turnrow.training.base import input_limit, load_base
 from turnrow.training.folder import RunFolder, write_text
 from turnrow.training.methods import apply_method
 from turnrow.training.quiet import without_dataset_bars
 from turnrow.training.recipe import Recipe
 from turnrow.training.seeding import deterministic
+from turnrow.training.splits import read_training
 from turnrow.training.trainer import training_arguments
 
 __all__ = ["calibrate", "model_columns", "select_indices", "write_indices"]
@@ -89,7 +90,7 @@ def select_indices(recipe: Recipe, samples: int | None = None) -> Selection:
     with deterministic(recipe.seed):
         task = make_task(**recipe.task)
         args = training_arguments(recipe, task, str(RunFolder(Path(recipe.output_dir)).checkpoints))
-        table = task.in_our_form(read_table(recipe.data.splits["train"], "train"))
+        table = read_training(recipe, task)["train"]
         task.fit(table)
         base = load_base(
             recipe.model,

@@ -65,11 +65,19 @@ class DataFiles:
     """Evaluated while training, for the curve and for ``load_best_model_at_end``; may be left out."""
     test: str | None = None
     """Evaluated once before and once after training: the reported figures."""
+    few_shot: Section | None = None
+    """Train on few rows of each class, ``{k: 16, seed: 42}``, drawn from the training split; with ``validation: true`` as many
+    others take the place of a validation split."""
 
     @property
     def splits(self) -> dict[str, str]:
         """The splits that are named, by name; in a `Recipe` the training and the test split always are."""
         return {name: source for name in _SPLITS if (source := getattr(self, name))}
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a validation split, be it named or drawn from the training split."""
+        return self.validation is not None or bool(self.few_shot and self.few_shot["validation"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +251,7 @@ def _data_files(data: Any, task: Any) -> DataFiles:
                 f"data is {data!r}; expected a mapping such as {{train: FILE, validation: FILE, test: FILE}} or {{folder: DIR}}"
             )
         data = DataFiles(**check_options(data, DataFiles, "data"))
+    few_shot = _few_shot(data)
     given = data.splits
     if data.folder is not None:
         given = {**split_files(data.folder), **given}
@@ -255,7 +264,22 @@ def _data_files(data: Any, task: Any) -> DataFiles:
                 f"data.{name} is missing; name the file or hub id of the {name} split"
                 + (f" (of {entry.name} the hub has {', '.join(entry.hub) or 'none'})" if entry is not None else "")
             )
-    return DataFiles(**given)
+    if few_shot is not None and few_shot["validation"]:
+        given.pop("validation", None)
+    return DataFiles(**given, few_shot=few_shot)
+
+
+def _few_shot(data: DataFiles) -> dict[str, Any] | None:
+    if data.few_shot is None:
+        return None
+    from turnrow.training.splits import FewShot
+
+    section = FewShot.from_dict(data.few_shot)
+    if section.validation and data.validation is not None:
+        raise UserError(
+            "data.validation names a validation split, and data.few_shot.validation draws one from the training split; leave one out"
+        )
+    return asdict(section)
 
 
 def _section(values: Any, name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from turnrow import __version__, count_parameters
 from turnrow.adapters import whole_state_dict
 from turnrow.selection import Selection
-from turnrow.tasks import Task, make_task, read_table
+from turnrow.tasks import Task, make_task
 from turnrow.training.base import input_limit, load_base
 from turnrow.training.calibration import calibrate, model_columns
 from turnrow.training.checkpoints import SealAndRotate, check_processes, discard_incomplete, last_complete
@@ -35,6 +35,7 @@ from turnrow.training.recipe import Recipe
 from turnrow.training.reselection import Reselect, Reselection
 from turnrow.training.saved import SavedModel, prediction_rows, save_run, write_predictions
 from turnrow.training.seeding import deterministic
+from turnrow.training.splits import read_splits
 from turnrow.training.trainer import evaluation_arguments, kept_checkpoints, make_trainer, training_arguments
 from turnrow.tuners import unite
 
@@ -102,7 +103,8 @@ def train(recipe: Recipe, resume: bool = False, overwrite: bool = False) -> RunR
 
 
 def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder, *, overwrite: bool) -> RunResult:
-    tables = _read(recipe, task)
+    tables = read_splits(recipe, task)
+    task.fit(tables["train"])
     base = load_base(
         recipe.model,
         task,
@@ -210,12 +212,6 @@ def _reselection(
     settings = Reselection.from_dict(recipe.reselection, recipe.method)
     rows = model_columns(encoded, model, task)
     return [Reselect(settings, rows, task.collator(tokenizer), args.per_device_train_batch_size, recipe.seed)]
-
-
-def _read(recipe: Recipe, task: Task) -> dict[str, Dataset]:
-    tables = {name: task.in_our_form(read_table(source, name)) for name, source in recipe.data.splits.items()}
-    task.fit(tables["train"])
-    return tables
 
 
 def _open(folder: RunFolder, recipe: Recipe, args: TrainingArguments, *, overwrite: bool) -> Path | None:

@@ -149,7 +149,7 @@ def training_arguments(recipe: Recipe, task: Task, folder: str) -> TrainingArgum
     """
     # transformers fills in what is missing in the dictionaries that it is given.
     given = deepcopy(recipe.training)
-    evaluates = recipe.data.validation is not None
+    evaluates = recipe.data.validates
     if not evaluates and (
         given.get("load_best_model_at_end") or given.get("eval_strategy", "no") != "no" or given.get("eval_on_start")
     ):
