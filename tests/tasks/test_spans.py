@@ -54,6 +54,10 @@ def test_windows_are_combined_by_their_greatest_span_and_their_least_no_answer()
     )
     assert [(span.start, span.end, span.score) for span in found] == [(0, 9, 7.0), (4, 9, 4.0)]
     assert null == 1.0
+    again, _ = spans_of_windows(
+        windows, scores([(6, 6), (0, 0), (5, 0), (0, 3)], [(1, 0), (0, 0), (1, 0), (0, 4), (0, 0)]), longest=3, count=1
+    )
+    assert [(span.start, span.end, span.score) for span in again] == [(0, 9, 8.0)]
 
 
 def test_blanks_are_no_part_of_an_answer() -> None:

@@ -7,7 +7,9 @@ from turnrow.tasks.classification import ClassificationTask
 from turnrow.tasks.extractive_qa import ExtractiveQATask
 from turnrow.tasks.generation import GenerationTask
 from turnrow.tasks.instruction import InstructionTask
+from turnrow.tasks.label_words import label_word_ids, label_word_logits
 from turnrow.tasks.language_modelling import LanguageModellingTask
+from turnrow.tasks.prompted import PromptTask
 from turnrow.tasks.registry import TASKS, make_task, task_from_dict
 from turnrow.tasks.regression import RegressionTask
 from turnrow.tasks.sampling import FEW_SHOT_SEEDS, draw_few_shot
@@ -28,11 +30,14 @@ __all__ = [
     "InstructionTask",
     "LanguageModellingTask",
     "MultipleChoiceTask",
+    "PromptTask",
     "RegressionTask",
     "SummarizationTask",
     "Task",
     "best_threshold",
     "draw_few_shot",
+    "label_word_ids",
+    "label_word_logits",
     "make_task",
     "read_table",
     "ready_to_pad",

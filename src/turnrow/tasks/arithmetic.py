@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from turnrow.errors import UserError, near_matches
-from turnrow.tasks.columns import is_name
+from turnrow.tasks.columns import check_name
 from turnrow.tasks.extraction import check_markers, extract_letter, extract_number, numbers, written
 from turnrow.tasks.generation import GenerationTask
 from turnrow.tasks.gold import check_golds, golds, share
@@ -60,8 +60,7 @@ class ArithmeticTask(GenerationTask):
     """The relative error up to which a number counts as met, where the gold number has more than four decimals."""
 
     def __post_init__(self) -> None:
-        if not is_name(self.gold):
-            raise UserError(f"option 'gold' must be the name of a column, got {self.gold!r}")
+        check_name(self.gold, "gold")
         super().__post_init__()
         if self.answer not in ("number", "letter"):
             raise UserError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from turnrow.errors import UserError, near_matches
-from turnrow.tasks.columns import describe_split, is_name, require_columns, value_column
+from turnrow.tasks.columns import check_name, describe_split, require_columns, value_column
 from turnrow.tasks.extraction import check_markers, extract_label, named_labels
 from turnrow.tasks.generation import GenerationTask, refuse_empty
 from turnrow.tasks.gold import share
@@ -76,8 +76,7 @@ class MultipleChoiceTask(GenerationTask):
     """The labels in their order; `fit` fills it where `labels` does not say."""
 
     def __post_init__(self) -> None:
-        if not is_name(self.gold):
-            raise UserError(f"option 'gold' must be the name of a column, got {self.gold!r}")
+        check_name(self.gold, "gold")
         super().__post_init__()
         for option, allowed in (("scoring", _SCORINGS), ("normalize", _NORMALIZATIONS)):
             if (value := getattr(self, option)) not in allowed:

@@ -166,7 +166,7 @@ class ExtractiveQATask(Task):
         def encode_batch(batch: dict[str, list[str]], numbers: list[int]) -> dict[str, list[Any]]:
             rows: dict[str, list[Any]] = {name: [] for name in features}
             contexts = _tokenize_contexts(batch[self.context], tokenizer)
-            questions = tokenizer(batch[self.question], add_special_tokens=False)["input_ids"]
+            questions = tokenizer(batch[self.question], add_special_tokens=False, verbose=False)["input_ids"]
             for number, text, question in zip(numbers, batch[self.context], questions, strict=True):
                 answer = golds[number][0] if labelled and golds[number] else None
                 for row in self._rows(question, contexts[text], answer, frame, room):
@@ -356,7 +356,7 @@ def _features(types: bool, labelled: bool) -> Features:
 def _tokenize_contexts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, _Context]:
     """Each context once: several questions share one."""
     distinct = list(dict.fromkeys(texts))
-    encoded = tokenizer(distinct, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(distinct, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return {
         text: _Context(list(ids), [start for start, _ in places], [end for _, end in places])
         for text, ids, places in zip(distinct, encoded["input_ids"], encoded["offset_mapping"], strict=True)

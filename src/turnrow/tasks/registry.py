@@ -13,6 +13,7 @@ from turnrow.tasks.classification import ClassificationTask
 from turnrow.tasks.extractive_qa import ExtractiveQATask
 from turnrow.tasks.instruction import InstructionTask
 from turnrow.tasks.language_modelling import LanguageModellingTask
+from turnrow.tasks.prompted import PromptTask
 from turnrow.tasks.regression import RegressionTask
 from turnrow.tasks.summarization import SummarizationTask
 from turnrow.tasks.task import Task
@@ -24,6 +25,7 @@ TASKS: dict[str, type[Task]] = {
     for task in (
         ClassificationTask,
         RegressionTask,
+        PromptTask,
         ExtractiveQATask,
         MultipleChoiceTask,
         ArithmeticTask,

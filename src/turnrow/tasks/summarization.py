@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from turnrow.errors import UserError
-from turnrow.tasks.columns import is_name
+from turnrow.tasks.columns import check_name
 from turnrow.tasks.generation import GenerationTask
 from turnrow.tasks.gold import check_golds, golds
 
@@ -44,8 +44,7 @@ class SummarizationTask(GenerationTask):
     """The column of the reference, or of a list of references."""
 
     def __post_init__(self) -> None:
-        if not is_name(self.gold):
-            raise UserError(f"option 'gold' must be the name of a column, got {self.gold!r}")
+        check_name(self.gold, "gold")
         super().__post_init__()
 
     def gold_columns(self) -> list[str]:

@@ -85,6 +85,11 @@ def apply_method(
         config: PeftConfig = LoraConfig(target_modules=DUMMY_TARGET_MODULES, bias=biases)
     else:
         config = _config(name, options)
+    if peft_task_type is None and config.is_prompt_learning:
+        raise UserError(
+            f"method {name}: peft has no such model for the task of this recipe, as it puts virtual tokens into models that it knows; "
+            "choose a method that changes layers, such as rocoft or lora"
+        )
     config.task_type = peft_task_type
     if hasattr(config, "modules_to_save"):
         # For SEQ_CLS peft adds the head by itself and keeps it out of 'all-linear'; for other tasks only what is named
