@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from turnrow.tasks import Task, make_task
+from tests.training.test_generation import byte_tokenizer
+from turnrow.tasks import ExtractiveQATask, GenerationTask, Task, make_task
 from turnrow.tasks.sequence import SequenceTask
 from turnrow.training import Recipe, train
 
@@ -19,12 +29,43 @@ def test_there_are_recipes() -> None:
     assert {"sst2", "rte", "stsb", "demo-head", "demo-rocoft", "demo-full"} <= {path.stem for path in RECIPES}
 
 
-def rows_for(task: Task) -> list[dict[str, object]]:
+def rows_for(task: Task) -> list[dict[str, Any]]:
     """A few rows in the form that a task reads."""
+    text = "the film was good"
     if isinstance(task, SequenceTask):
         labels: list[object] = [0.5, 4.0] if task.name == "regression" else [0, 1]
-        return [dict.fromkeys(task.text_columns, "the film was good") | {task.label: label} for label in labels * 3]
-    raise NotImplementedError(task.name)
+        return [dict.fromkeys(task.text_columns, text) | {task.label: label} for label in labels * 3]
+    if isinstance(task, ExtractiveQATask):
+        answers = {"text": ["good"], "answer_start": [text.index("good")]}
+        row = {"id": "a", "title": "", "context": text, "question": "how was the film ?", "answers": answers}
+        return [row | {"id": str(number)} for number in range(6)]
+    assert isinstance(task, GenerationTask)
+    gold = {"arithmetic": "3", "multiple_choice": (getattr(task, "labels", None) or ["true"])[0]}.get(task.name, text)
+    row = dict.fromkeys(task.columns(), text) | dict.fromkeys(task.gold_columns(), gold)
+    # What is offered is named where it is asked.
+    return [row | {"instruction": "Answer format: true/false, solution1/solution2"}] * 6
+
+
+@pytest.fixture
+def small_base(tmp_path: Path, tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Path]:
+    """A tiny base of the class that a task asks for."""
+
+    def make(auto_model: str) -> Path:
+        folder = tmp_path / "small"
+        sizes = {"vocab_size": 300, "max_position_embeddings": 1024}
+        if auto_model == "AutoModelForCausalLM":
+            layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+            LlamaForCausalLM(LlamaConfig(**sizes, **layers)).save_pretrained(folder)
+        elif auto_model == "AutoModelForSeq2SeqLM":
+            layers = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+            widths = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+            BartForConditionalGeneration(BartConfig(**sizes, **layers, **widths)).save_pretrained(folder)
+        else:
+            return tiny_base
+        byte_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
 
 
 def name_of(path: Path) -> str:
@@ -32,25 +73,22 @@ def name_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_a_shipped_recipe_runs(path: Path, tiny_base: Path, tmp_path: Path) -> None:
-    task = make_task(**Recipe.from_yaml(path).task)
+def test_a_shipped_recipe_runs(path: Path, small_base: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = Recipe.from_yaml(path).to_dict()
+    task = make_task(**recipe["task"])
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_for(task)))
-    overrides = {
-        "model": tiny_base,
-        "output_dir": tmp_path / "run",
-        "max_length": 16,
-        "training.max_steps": 2,
-        "training.per_device_train_batch_size": 3,
-        "training.use_cpu": "true",
-        "training.disable_tqdm": "true",
-        **{f"data.{split}": tmp_path / "rows.jsonl" for split in ("train", "validation", "test")},
-    }
-    recipe = Recipe.from_yaml(path, [f"--{name}={value}" for name, value in overrides.items()])
-    # The tiny base has as many features as a group of RoAd has by default, or fewer.
-    if recipe.method["name"] == "road":
-        recipe = Recipe.from_dict({**recipe.to_dict(), "method": {**recipe.method, "group_size": 2}})
-    result = train(recipe)
-    assert result.metrics["steps"] == 2
+    recipe["data"] = {split: str(tmp_path / "rows.jsonl") for split in ("train", "validation", "test")}
+    quick = {"max_steps": 2, "per_device_train_batch_size": 3, "use_cpu": True, "disable_tqdm": True, "bf16": False}
+    recipe["training"] |= quick
+    if task.generates("test"):
+        recipe["task"]["generation"] = {**task.generation_options(), "max_new_tokens": 2}
+    if recipe["method"]["name"] == "road":
+        # The tiny bases have fewer features than a group of RoAd by default.
+        recipe["method"]["group_size"] = 2
+    # Its own length is for models with as many positions.
+    length = 1000 if isinstance(task, GenerationTask) else 16
+    changed = {"model": str(small_base(task.auto_model)), "max_length": length, "output_dir": str(tmp_path / "run")}
+    assert train(Recipe.from_dict(recipe | changed)).metrics["steps"] == 2
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
