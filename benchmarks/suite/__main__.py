@@ -3,6 +3,8 @@
     python -m benchmarks.suite run minilm --data DIR --tasks sst2 --groups RoAd
     python -m benchmarks.suite show minilm
     python -m benchmarks.suite show ablations --tasks sst2
+    python -m benchmarks.suite cost minilm --threads 2               # what a training step of each method costs
+    python -m benchmarks.suite report --html build/results.html      # docs/results.md with its pictures, and one page
 
 DIR holds a folder for each task with ``train.jsonl.gz``, ``validation.jsonl.gz`` and ``test.jsonl.gz``. Each run's result is a JSON file
 in ``benchmarks/results/runs``; what is there is not run again, so a killed suite goes on where it was.
@@ -15,7 +17,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from benchmarks.suite.cost import measure_costs
 from benchmarks.suite.plots import plot_task
+from benchmarks.suite.report import write_html, write_results
 from benchmarks.suite.runner import run_cells
 from benchmarks.suite.suite import Suite, load_suite, suite_names
 from benchmarks.suite.tables import overview, task_tables
@@ -30,18 +36,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", choices=("run", "show"))
-    parser.add_argument("suite", help=f"one of {', '.join(suite_names())}")
+    parser.add_argument("action", choices=("run", "show", "cost", "report"))
+    parser.add_argument("suite", nargs="?", help=f"one of {', '.join(suite_names())}")
     parser.add_argument("--tasks", nargs="+", help="default: all")
     parser.add_argument("--groups", nargs="+", help="default: all")
     parser.add_argument("--data", type=Path, help="the folder with the tasks' folders")
     parser.add_argument("--workers", type=int, default=1, help="cells at once, through Ray; default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for each; default: %(default)s")
     parser.add_argument("--plots", type=Path, help="with show: draw a PNG a task into this folder")
+    parser.add_argument("--device", default="cpu", help="with cost; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=9, help="with cost: steps of each method; default: %(default)s")
+    parser.add_argument("--html", type=Path, help="with report: also write one HTML page with the pictures inside")
     args = parser.parse_args(argv)
+    if args.action == "report":
+        print(write_results())
+        if args.html:
+            write_html(args.html)
+            print(args.html)
+        return 0
+    if args.suite is None:
+        parser.error(f"{args.action} needs the name of a suite: {', '.join(suite_names())}")
     try:
         suite = load_suite(args.suite)
         cells = list(suite.cells(_tuple(args.tasks), _tuple(args.groups)))
+        if args.action == "cost":
+            torch.set_num_threads(args.threads)
+            print(measure_costs(suite, device=args.device, rounds=args.rounds))
+            return 0
         if args.action == "show":
             _show(suite, args.tasks, args.groups, args.plots)
             return 0

@@ -27,10 +27,6 @@ class Summary:
     greater_is_better: bool
     scores: tuple[float, ...]
     """Main metric on the test split, one a seed; a share as a percentage."""
-    seconds_per_step: float
-    """Median over the seeds; of runs beside others on the same machine, so no benchmark."""
-    peak_memory: int | None
-    """Bytes, the most over the seeds; None where it was not recorded."""
 
     @property
     def mean(self) -> float:
@@ -55,15 +51,12 @@ def summarize(cell: Cell, root: Path = RUNS) -> Summary | None:
         return None
     runs.sort(key=lambda run: run["seed"])
     metric = runs[0]["main_metric"]
-    memory = [run["peak_memory_bytes"] for run in runs if run.get("peak_memory_bytes")]
     return Summary(
         trained=runs[0]["trainable_parameters"],
         learning_rate=runs[0]["learning_rate"],
         metric=metric,
         greater_is_better=runs[0]["greater_is_better"],
         scores=tuple(percent(metric, run["test"][metric]) for run in runs),
-        seconds_per_step=statistics.median(run["seconds_per_step"] for run in runs),
-        peak_memory=max(memory, default=None),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.suite.cost import Cost, read_costs
 from benchmarks.suite.store import RUNS
 from benchmarks.suite.suite import Suite
 from benchmarks.suite.summary import Summary, summarize
@@ -13,11 +14,16 @@ __all__ = ["overview", "task_tables"]
 
 
 def overview(suite: Suite, root: Path = RUNS) -> str:
-    """Every method by every task: mean ± standard deviation; the mean over tasks where all are there."""
+    """Every method by every task: mean ± standard deviation; the mean over tasks where all are there. Each method once."""
     tasks = [task for task in suite.tasks if any(_known(suite, task, root))]
     lines = [f"| | trained | {' | '.join(tasks)} | mean |", f"|---|{'--:|' * (len(tasks) + 2)}"]
+    seen = set()
     for methods in suite.groups.values():
         for name, fields in methods.items():
+            slug = suite.cell(suite.tasks[0], fields).slug
+            if slug in seen:
+                continue
+            seen.add(slug)
             found = [summarize(suite.cell(task, fields), root) for task in tasks]
             if not any(found):
                 continue
@@ -30,25 +36,24 @@ def overview(suite: Suite, root: Path = RUNS) -> str:
 def task_tables(
     suite: Suite, task: str, groups: Sequence[str] | None = None, root: Path = RUNS
 ) -> Iterator[tuple[str, str]]:
-    """Yield (group, table) of one task: trained parameters, score, step time, memory, learning rate."""
+    """Yield (group, table) of one task: trained parameters, score, learning rate, and what a step was measured to cost."""
+    costs = read_costs(suite.name)
     for group in groups or suite.groups:
+        cells = {name: suite.cell(task, fields) for name, fields in suite.groups[group].items()}
         rows = [
-            _row(name, summary)
-            for name, fields in suite.groups[group].items()
-            if (summary := summarize(suite.cell(task, fields), root))
+            _row(name, summary, costs.get(cell.slug))
+            for name, cell in cells.items()
+            if (summary := summarize(cell, root))
         ]
         if rows:
-            head = "| | trained | test | seeds | s / step | peak MiB | learning rate |\n|---|--:|--:|--:|--:|--:|--:|"
+            head = "| | trained | test | seeds | learning rate | step, × frozen | step, peak MiB |\n|---|--:|--:|--:|--:|--:|--:|"
             yield group, "\n".join([head, *rows])
 
 
-def _row(name: str, found: Summary) -> str:
-    memory = f"{found.peak_memory / 2**20:,.0f}" if found.peak_memory else ""
+def _row(name: str, found: Summary, cost: Cost | None) -> str:
     spread = "" if found.deviation is None else f" ± {found.deviation:.1f}"
-    return (
-        f"| {name} | {found.trained:,} | {found.mean:.1f}{spread} | {len(found.scores)} | {found.seconds_per_step:.2f} "
-        f"| {memory} | {found.learning_rate:g} |"
-    )
+    step, memory = (f"{cost['ratio']['median']:.2f}", f"{cost['peak_bytes'] / 2**20:,.0f}") if cost else ("", "")
+    return f"| {name} | {found.trained:,} | {found.mean:.1f}{spread} | {len(found.scores)} | {found.learning_rate:g} | {step} | {memory} |"
 
 
 def _known(suite: Suite, task: str, root: Path) -> Iterator[bool]:

@@ -100,7 +100,7 @@ def test_the_learning_rate_is_the_best_on_validation_and_only_it_sees_the_test_s
     found = summarize(store.cell, store.folder.parents[2])
     assert found is not None
     assert (found.learning_rate, found.scores) == (3e-3, (50.0, 51.0, 52.0))
-    assert (found.seconds_per_step, found.peak_memory, found.trained) == (2.0, 7, 10)
+    assert found.trained == 10
 
 
 def test_a_file_a_run_says_what_was_run(data: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
