@@ -21,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--text", action="append", metavar="TEXT", help="one text; for a task on pairs, give it twice")
     parser.add_argument("--split", default="test", help="which split of a hub data set (default: test)")
     parser.add_argument("--model", metavar="BASE", help="where the base model lies now, if it has moved")
-    parser.add_argument("--output", metavar="FILE", help="write JSON lines there instead of printing them")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write JSON lines there, or one JSON list if it ends in .json, instead of printing",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -176,7 +176,7 @@ def predict(
         path: the run's ``adapter`` folder.
         data: a local file or a hub id, or the rows themselves, such as ``[{"sentence": "A fine film."}]``.
         split: which split of a hub data set.
-        output: also write the rows there as JSON lines, atomically.
+        output: also write the rows there, atomically: as JSON lines, or where the name ends in ``.json`` as one list.
         model: where the base lies now, if it has moved.
         quiet: no progress bar.
 
@@ -203,7 +203,10 @@ def prediction_rows(task: Task, table: Dataset, encoded: Dataset, predictions: n
 
 
 def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as JSON lines, atomically."""
+    """Write rows as JSON lines, or where the name ends in ``.json`` as one list, atomically."""
+    if path.name.lower().endswith(".json"):
+        write_json(path, list(rows))
+        return
     write_lines(path, [json.dumps(row, ensure_ascii=False) + "\n" for row in rows])
 
 
