@@ -69,7 +69,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # Optional packages that tests use. Apart from the rest: with torchao installed, peft imports it, which takes seconds and
 # prints what it could not load.
 $(VENV)/.installed-extras: $(VENV)/.installed
-	@$(BIN)/python $(PIP) -c constraints.txt -e ".[quantized,eval]"
+	@$(BIN)/python $(PIP) -c constraints.txt -e ".[quantized,eval,trl]"
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
