@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from turnrow.errors import UserError
-from turnrow.tasks import MultipleChoiceTask, make_task, task_from_dict
+from turnrow.tasks import MultipleChoiceTask, make_task, read_table, task_from_dict
 
 ANSWERS = ["answer1", "answer2", "answer3"]
 ROWS = Dataset.from_list(
@@ -230,3 +232,16 @@ def test_a_broken_saved_task_is_refused() -> None:
     saved = task(labels=None).to_dict()
     with pytest.raises(UserError, match="'labels' must be a list of texts, got 3"):
         task_from_dict({**saved, "learned": {"labels": 3}})
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "boolq", "social_i_qa", "winogrande"])
+def test_the_labels_that_a_real_prompt_names_are_those_of_its_answer_format(
+    name: str, real_data: Callable[[str, str], Path]
+) -> None:
+    made = make_task(name, offered=True)
+    assert isinstance(made, MultipleChoiceTask)
+    for row in read_table(real_data(name, "test")):
+        _, _, formats = row["instruction"].rpartition("Answer format: ")
+        named = {made.known[number] for number in made._choices(row["instruction"])}
+        assert named == {*formats.split("/")}
+        assert row["answer"] in named
