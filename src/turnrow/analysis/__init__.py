@@ -1,0 +1,1 @@
+"""Looking inside: what fine-tuning can reach before training, and what it changed."""

@@ -1,0 +1,401 @@
+"""Products of gradients, layer by layer, in bounded memory.
+
+For a weight, samples i and j and outputs c and d, the kernel is <D_ic, D_jd> with D_ic = G_ic^T X_i. Two ways:
+
+- *instantiate*: form D for many samples, a slice of its rows at a time, and multiply. C T in out operations a sample and
+  C^2 in out a pair of samples.
+- *tokens*: never form D: <G_ic^T X_i, G_jd^T X_j> = sum over tokens t, s of (x_it . x_js) (g_ict . g_jds).
+  T^2 (in + C^2 out) a pair.
+
+So short inputs, or layers that only one token of each sample matters to, are cheaper by tokens; `cheaper` says by how much.
+An embedding is the same with a one-hot X in the place of G, of which nothing is ever formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from turnrow.analysis.ntk.store import FactorStore, Handle
+from turnrow.errors import UserError
+
+__all__ = [
+    "Contraction",
+    "Features",
+    "Gram",
+    "Samples",
+    "StoredVectors",
+    "TokenFactors",
+    "WeightFeatures",
+    "by_slices",
+    "by_tokens",
+    "cheaper",
+]
+
+Contraction = Literal["auto", "instantiate", "tokens"]
+
+_STRIP = 512
+"""Rows of a diagonal block of a Gram matrix that are computed at once, so that only its upper half is."""
+_FEW = 8
+"""Slices of fewer rows of a weight than this make slow products; rather fewer samples are taken at once."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The batches in order, those of the training samples first."""
+
+    sizes: tuple[int, ...]
+    """Samples in each batch."""
+    train_batches: int
+    classes: int
+
+    def start(self, batch: int) -> int:
+        """The number of the first sample of a batch among the training samples, or among the others."""
+        first = 0 if batch < self.train_batches else self.train_batches
+        return sum(self.sizes[first:batch])
+
+    @property
+    def train(self) -> int:
+        """Number of training samples."""
+        return sum(self.sizes[: self.train_batches])
+
+    @property
+    def others(self) -> int:
+        """Number of other samples."""
+        return sum(self.sizes[self.train_batches :])
+
+    def tiles(self, most: int, *, train: bool) -> list[range]:
+        """Neighbouring batches of at most so many samples together, one batch at least."""
+        first, last = (0, self.train_batches) if train else (self.train_batches, len(self.sizes))
+        tiles: list[range] = []
+        begin, held = first, 0
+        for batch in range(first, last):
+            if held and held + self.sizes[batch] > most:
+                tiles.append(range(begin, batch))
+                begin, held = batch, 0
+            held += self.sizes[batch]
+        return [*tiles, range(begin, last)] if last > first else []
+
+
+class Gram:
+    """The kernel of one method as it grows: float64, samples times outputs along each side, output fastest.
+
+    Of the symmetric matrix of the training samples only what is on and above its diagonal blocks is filled.
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        n, m, c = samples.train, samples.others, samples.classes
+        self.samples = samples
+        self.train = np.zeros((n * c, n * c))
+        self.others = np.zeros((m * c, n * c))
+
+    def add(self, first: int, second: int, values: Tensor, shift: int = 0, shift_columns: int = 0) -> None:
+        """Add products of the outputs of neighbouring batches.
+
+        Args:
+            first: the batch, a training one, that the rows begin with.
+            second: the batch that the columns begin with, not before it.
+            values: (rows, columns).
+            shift: rows that were left out at the beginning.
+            shift_columns: likewise columns.
+        """
+        c = self.samples.classes
+        row, column = self.samples.start(first) * c + shift, self.samples.start(second) * c + shift_columns
+        block = values.to("cpu", torch.float64).numpy()
+        if second < self.samples.train_batches:
+            self.train[row : row + block.shape[0], column : column + block.shape[1]] += block
+        else:
+            self.others[column : column + block.shape[1], row : row + block.shape[0]] += block.T
+
+    def blocks(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n, n, C, C) and (m, n, C, C)."""
+        n, m, c = self.samples.train, self.samples.others, self.samples.classes
+        whole = np.triu(self.train)
+        whole += np.triu(self.train, 1).T
+        train = whole.reshape(n, c, n, c).transpose(0, 2, 1, 3)
+        return np.ascontiguousarray(train), np.ascontiguousarray(self.others.reshape(m, c, n, c).transpose(0, 2, 1, 3))
+
+
+# --- by slices of gradients ----------------------------------------------------------------------------------------------
+
+
+class Features(Protocol):
+    """Gradients of one set of parameters, of which a slice can be asked for a batch."""
+
+    length: int
+    """Of what is sliced."""
+    unit: int
+    """Numbers that one place of a slice stands for, at most."""
+    dtype: torch.dtype
+    device: torch.device
+
+    def count(self, begin: int, end: int) -> int:
+        """Numbers in a slice."""
+
+    def fill(self, batch: int, begin: int, end: int, out: Tensor) -> None:
+        """Write the slice for a batch, (B, C, count)."""
+
+
+def by_slices(features: Features, samples: Samples, grams: Sequence[Gram], room: int) -> None:
+    """Add the kernel of some parameters to the kernels that they are a part of, by slices of their gradients.
+
+    Args:
+        features: the gradients.
+        samples: the batches.
+        grams: where to add.
+        room: bytes for the gradients of two groups of samples; there are as many groups as needed.
+
+    Raises:
+        UserError: the smallest slice of one batch does not fit.
+    """
+    each = samples.classes * features.unit * features.dtype.itemsize
+    largest = max(samples.sizes)
+    half = room // 2
+    if largest * each > half:
+        raise UserError(
+            f"block_bytes leaves {half} bytes for the gradients of a batch, which take {largest * each} for one row of a weight "
+            f"({largest} samples, {samples.classes} outputs, {features.unit} numbers); give at least {8 * largest * each}, or smaller batches"
+        )
+    most = max(largest, half // (each * min(features.length, _FEW)))
+    train, others = samples.tiles(most, train=True), samples.tiles(most, train=False)
+    widest = max(sum(samples.sizes[b] for b in tile) for tile in (*train, *others))
+    step = max(1, min(features.length, half // (widest * each)))
+    c = samples.classes
+    space = torch.empty(2, widest * c * features.unit * step, dtype=features.dtype, device=features.device)
+    for number, tile in enumerate(train):
+        for begin in range(0, features.length, step):
+            end = min(begin + step, features.length)
+            if features.count(begin, end) == 0:
+                continue
+            a = _filled(features, tile, samples, begin, end, space[0])
+            for strip in range(0, len(a), _STRIP):
+                product = a[strip : strip + _STRIP] @ a[strip:].T
+                for gram in grams:
+                    gram.add(tile.start, tile.start, product, strip, strip)
+            for other in (*train[number + 1 :], *others):
+                b = _filled(features, other, samples, begin, end, space[1])
+                for strip in range(0, len(b), _STRIP):
+                    product = a @ b[strip : strip + _STRIP].T
+                    for gram in grams:
+                        gram.add(tile.start, other.start, product, 0, strip)
+
+
+def _filled(features: Features, tile: range, samples: Samples, begin: int, end: int, space: Tensor) -> Tensor:
+    """(samples C, count) of a tile, in the space given."""
+    count = features.count(begin, end)
+    total = sum(samples.sizes[b] for b in tile)
+    whole = space[: total * samples.classes * count].view(total, samples.classes, count)
+    at = 0
+    for batch in tile:
+        features.fill(batch, begin, end, whole[at : at + samples.sizes[batch]])
+        at += samples.sizes[batch]
+    return whole.view(-1, count)
+
+
+class StoredVectors:
+    """Features that were formed during the pass: for each batch (B, C, length) in pieces along the last dimension."""
+
+    def __init__(
+        self, store: FactorStore, pieces: Sequence[Sequence[Handle]], piece: int, length: int, like: Tensor
+    ) -> None:
+        self._store, self._pieces, self._piece = store, pieces, piece
+        self.length, self.unit = length, 1
+        self.dtype, self.device = like.dtype, like.device
+
+    def count(self, begin: int, end: int) -> int:
+        """As many as places."""
+        return end - begin
+
+    def fill(self, batch: int, begin: int, end: int, out: Tensor) -> None:
+        """Copy from the pieces that the slice touches."""
+        for number in range(begin // self._piece, -(-end // self._piece)):
+            first = number * self._piece
+            low, high = max(begin, first), min(end, first + self._piece)
+            values = self._store.get(self._pieces[batch][number])
+            out[..., low - begin : high - begin] = values[..., low - first : high - first]
+
+
+@dataclass
+class TokenFactors:
+    """The factors of a weight for a batch: from linear layers, from embeddings that share it, or both."""
+
+    x: Tensor | None = None
+    """(B, T, in)"""
+    g: Tensor | None = None
+    """(B, C, T, out)"""
+    ids: Tensor | None = None
+    """(B, S) int64: row of the weight that each token looked up."""
+    e: Tensor | None = None
+    """(B, C, S, in): gradients of what was looked up."""
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """T and S."""
+        return (0 if self.x is None else self.x.shape[1]), (0 if self.ids is None else self.ids.shape[1])
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no output of the batch depends on the weight."""
+        return self.x is None and self.ids is None
+
+
+Load = Callable[[int], TokenFactors]
+"""The factors of a batch, by its number."""
+
+
+class WeightFeatures:
+    """D = G^T X, or some entries of it, a slice of rows at a time."""
+
+    def __init__(
+        self, load: Load, shape: tuple[int, int], classes: int, like: Tensor, entries: Tensor | None = None
+    ) -> None:
+        self._load, self._classes = load, classes
+        self.length, self.unit = shape
+        self.dtype, self.device = like.dtype, like.device
+        self._entries = None if entries is None else entries.to(like.device)
+        self._starts = (
+            None if entries is None else torch.searchsorted(entries, torch.arange(shape[0] + 1) * shape[1]).tolist()
+        )
+
+    def count(self, begin: int, end: int) -> int:
+        """Entries of D in some rows."""
+        return (end - begin) * self.unit if self._starts is None else self._starts[end] - self._starts[begin]
+
+    def fill(self, batch: int, begin: int, end: int, out: Tensor) -> None:
+        """Write D for a batch."""
+        factors = self._load(batch)
+        if self._entries is None or self._starts is None:
+            _instantiate(factors, begin, end, out)
+            return
+        whole = out.new_empty(len(out), self._classes, (end - begin) * self.unit)
+        _instantiate(factors, begin, end, whole)
+        inside = self._entries[self._starts[begin] : self._starts[end]] - begin * self.unit
+        torch.index_select(whole, 2, inside, out=out)
+
+
+def _instantiate(factors: TokenFactors, begin: int, end: int, out: Tensor) -> None:
+    """D[begin:end] into out, (B, C, rows * in), contiguous."""
+    x, g, ids, e = factors.x, factors.g, factors.ids, factors.e
+    batch, classes, _ = out.shape
+    rows = end - begin
+    if x is not None and g is not None:
+        left = g[..., begin:end].transpose(2, 3).reshape(batch, classes * rows, -1)  # (B, C rows, T)
+        torch.bmm(left, x, out=out.view(batch, classes * rows, -1))
+    else:
+        out.zero_()
+    if ids is not None and e is not None:
+        sample, token = ((ids >= begin) & (ids < end)).nonzero(as_tuple=True)
+        place = (sample * classes)[:, None] + torch.arange(classes, device=ids.device)  # (tokens, C)
+        place = place * rows + (ids[sample, token] - begin)[:, None]
+        values = e[sample, :, token]  # (tokens, C, in)
+        out.view(batch * classes * rows, -1).index_add_(0, place.flatten(), values.flatten(0, 1))
+
+
+# --- by tokens -----------------------------------------------------------------------------------------------------------
+
+
+def by_tokens(load: Load, samples: Samples, grams: Sequence[Gram], room: int) -> None:
+    """Add the kernel of a weight to the kernels that it is a part of, without ever forming its gradients.
+
+    Args:
+        load: the factors of a batch.
+        samples: the batches.
+        grams: where to add.
+        room: bytes for the products of tokens; a batch is taken in as many parts as needed.
+    """
+    for p in range(samples.train_batches):
+        first = load(p)
+        if first.is_empty:
+            continue
+        for q in range(p, len(samples.sizes)):
+            second = load(q)
+            if second.is_empty:
+                continue
+            for begin, part in _parts(first, second, samples.classes, room):
+                for begin_columns, other in _parts(second, part, samples.classes, room):
+                    block = _token_products(part, other)
+                    for gram in grams:
+                        gram.add(p, q, block, begin * samples.classes, begin_columns * samples.classes)
+
+
+def _parts(factors: TokenFactors, other: TokenFactors, classes: int, room: int) -> Iterator[tuple[int, TokenFactors]]:
+    """A batch in parts so small that their products with another batch fit: (first sample, part)."""
+    held = next(t for t in (factors.e, factors.g) if t is not None)
+    others = next(t for t in (other.e, other.g) if t is not None)
+    # Products of tokens for every pair of outputs, and one more while they are multiplied.
+    each = 2 * classes**2 * max(factors.tokens) * len(others) * max(other.tokens) * held.element_size()
+    step = max(1, min(len(held), room // max(1, each)))
+    for begin in range(0, len(held), step):
+        of = slice(begin, begin + step)
+        x, g, ids, e = (None if t is None else t[of] for t in (factors.x, factors.g, factors.ids, factors.e))
+        yield begin, TokenFactors(x, g, ids, e)
+
+
+def _token_products(p: TokenFactors, q: TokenFactors) -> Tensor:
+    """(B_p C, B_q C)."""
+    total: Tensor | None = None
+    if p.x is not None and p.g is not None and q.x is not None and q.g is not None:
+        total = _summed(_gram(p.g, q.g), _gram(p.x[:, None], q.x[:, None]))
+    if p.ids is not None and p.e is not None and q.ids is not None and q.e is not None:
+        same = (p.ids[:, None, :, None, None, None] == q.ids[None, None, None, :, None, :]).to(p.e.dtype)
+        total = _plus(total, _summed(_gram(p.e, q.e), same))
+    if p.x is not None and p.g is not None and q.ids is not None and q.e is not None:
+        total = _plus(total, _crossed(p.x, p.g, q.ids, q.e))
+    if q.x is not None and q.g is not None and p.ids is not None and p.e is not None:
+        total = _plus(total, _crossed(q.x, q.g, p.ids, p.e).permute(2, 3, 0, 1))
+    if total is None:
+        raise RuntimeError("there are no factors")
+    return total.reshape(total.shape[0] * total.shape[1], -1)
+
+
+def _gram(left: Tensor, right: Tensor) -> Tensor:
+    """(B, C, T, B', C', T'): products of all vectors of two batches."""
+    product = left.reshape(-1, left.shape[-1]) @ right.reshape(-1, right.shape[-1]).T
+    return product.view(*left.shape[:3], *right.shape[:3])
+
+
+def _summed(of_gradients: Tensor, of_inputs: Tensor) -> Tensor:
+    """Sum over tokens of the product, (B, C, B', C')."""
+    return of_gradients.mul_(of_inputs).sum((2, 5))
+
+
+def _crossed(x: Tensor, g: Tensor, ids: Tensor, e: Tensor) -> Tensor:
+    """<G^T X, D of an embedding>: sum over t, s of G[t, id_s] (x_t . e_s), (B, C, B', C')."""
+    chosen = g[..., ids]  # (B, C, T, B', S)
+    products = _gram(x[:, None], e).squeeze(1)  # (B, T, B', C', S)
+    return torch.einsum("bctps,btpds->bcpd", chosen, products)
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more
+
+
+# --- which of the two ----------------------------------------------------------------------------------------------------
+
+_PASS = 8.0
+"""What touching a product of tokens once more costs, in multiplications."""
+
+
+def cheaper(tokens: Sequence[tuple[int, int]], shape: tuple[int, int], samples: Samples) -> Contraction:
+    """The way with the fewer multiplications, given the T and S of every batch and the rows and columns of the weight."""
+    rows, columns = shape
+    c = samples.classes
+    form = pair_up = token_pairs = 0.0
+    for p, size in enumerate(samples.sizes):
+        form += size * c * (tokens[p][0] + 1) * rows * columns
+        if p >= samples.train_batches:
+            continue
+        for q in range(p, len(samples.sizes)):
+            pairs = size * samples.sizes[q] / (2 if p == q else 1)
+            pair_up += pairs * c**2 * rows * columns
+            linear = tokens[p][0] * tokens[q][0] * (columns + c**2 * (rows + _PASS))
+            looked_up = tokens[p][1] * tokens[q][1] * c**2 * (columns + _PASS)
+            crossed = (tokens[p][0] * tokens[q][1] + tokens[p][1] * tokens[q][0]) * c * (columns + c * _PASS)
+            # A diagonal pair of batches is computed whole.
+            token_pairs += size * samples.sizes[q] * (linear + looked_up + crossed)
+    return "tokens" if token_pairs < form + pair_up else "instantiate"
