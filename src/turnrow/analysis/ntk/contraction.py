@@ -26,9 +26,11 @@ from turnrow.errors import UserError
 
 __all__ = [
     "Contraction",
+    "EntryFeatures",
     "Features",
     "Gram",
     "Samples",
+    "Space",
     "StoredVectors",
     "TokenFactors",
     "WeightFeatures",
@@ -43,6 +45,10 @@ _STRIP = 512
 """Rows of a diagonal block of a Gram matrix that are computed at once, so that only its upper half is."""
 _FEW = 8
 """Slices of fewer rows of a weight than this make slow products; rather fewer samples are taken at once."""
+_CACHED = 2**24
+"""Bytes of gradients that are written and read again soon: more would go out to memory and back."""
+_LONG = 4096
+"""Products over fewer numbers than this cost as much for adding up their results as for themselves."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,23 @@ class Features(Protocol):
         """Write the slice for a batch, (B, C, count)."""
 
 
-def by_slices(features: Features, samples: Samples, grams: Sequence[Gram], room: int) -> None:
+class Space:
+    """Memory that is taken again and again: touching new memory costs more than the products of short inputs."""
+
+    def __init__(self) -> None:
+        self._held = torch.empty(0)
+
+    def take(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(size,), with any values; what was taken before is overwritten."""
+        if len(self._held) < size or self._held.dtype != dtype or self._held.device != device:
+            self._held = torch.empty(0)
+            self._held = torch.empty(size, dtype=dtype, device=device)
+        return self._held[:size]
+
+
+def by_slices(
+    features: Features, samples: Samples, grams: Sequence[Gram], room: int, space: Space, sign: int = 1
+) -> None:
     """Add the kernel of some parameters to the kernels that they are a part of, by slices of their gradients.
 
     Args:
@@ -149,6 +171,8 @@ def by_slices(features: Features, samples: Samples, grams: Sequence[Gram], room:
         samples: the batches.
         grams: where to add.
         room: bytes for the gradients of two groups of samples; there are as many groups as needed.
+        space: where to put them.
+        sign: -1 takes away.
 
     Raises:
         UserError: the smallest slice of one batch does not fit.
@@ -164,23 +188,24 @@ def by_slices(features: Features, samples: Samples, grams: Sequence[Gram], room:
     most = max(largest, half // (each * min(features.length, _FEW)))
     train, others = samples.tiles(most, train=True), samples.tiles(most, train=False)
     widest = max(sum(samples.sizes[b] for b in tile) for tile in (*train, *others))
-    step = max(1, min(features.length, half // (widest * each)))
-    c = samples.classes
-    space = torch.empty(2, widest * c * features.unit * step, dtype=features.dtype, device=features.device)
+    wanted = max(_CACHED // (widest * each), -(-_LONG // features.unit))
+    step = max(1, min(features.length, wanted, half // (widest * each)))
+    size = widest * samples.classes * features.unit * step
+    here, there = space.take(2 * size, features.dtype, features.device).view(2, -1)
     for number, tile in enumerate(train):
         for begin in range(0, features.length, step):
             end = min(begin + step, features.length)
             if features.count(begin, end) == 0:
                 continue
-            a = _filled(features, tile, samples, begin, end, space[0])
+            a = _filled(features, tile, samples, begin, end, here)
             for strip in range(0, len(a), _STRIP):
-                product = a[strip : strip + _STRIP] @ a[strip:].T
+                product = sign * (a[strip : strip + _STRIP] @ a[strip:].T)
                 for gram in grams:
                     gram.add(tile.start, tile.start, product, strip, strip)
             for other in (*train[number + 1 :], *others):
-                b = _filled(features, other, samples, begin, end, space[1])
+                b = _filled(features, other, samples, begin, end, there)
                 for strip in range(0, len(b), _STRIP):
-                    product = a @ b[strip : strip + _STRIP].T
+                    product = sign * (a @ b[strip : strip + _STRIP].T)
                     for gram in grams:
                         gram.add(tile.start, other.start, product, 0, strip)
 
@@ -249,33 +274,62 @@ Load = Callable[[int], TokenFactors]
 
 
 class WeightFeatures:
-    """D = G^T X, or some entries of it, a slice of rows at a time."""
+    """D = G^T X, a slice of rows at a time."""
 
-    def __init__(
-        self, load: Load, shape: tuple[int, int], classes: int, like: Tensor, entries: Tensor | None = None
-    ) -> None:
-        self._load, self._classes = load, classes
+    def __init__(self, load: Load, shape: tuple[int, int], like: Tensor) -> None:
+        self._load = load
         self.length, self.unit = shape
         self.dtype, self.device = like.dtype, like.device
-        self._entries = None if entries is None else entries.to(like.device)
-        self._starts = (
-            None if entries is None else torch.searchsorted(entries, torch.arange(shape[0] + 1) * shape[1]).tolist()
-        )
 
     def count(self, begin: int, end: int) -> int:
         """Entries of D in some rows."""
-        return (end - begin) * self.unit if self._starts is None else self._starts[end] - self._starts[begin]
+        return (end - begin) * self.unit
 
     def fill(self, batch: int, begin: int, end: int, out: Tensor) -> None:
         """Write D for a batch."""
+        _instantiate(self._load(batch), begin, end, out)
+
+
+class EntryFeatures:
+    """Some entries of D, those in a slice of rows at a time."""
+
+    def __init__(self, load: Load, shape: tuple[int, int], entries: Tensor, like: Tensor) -> None:
+        self._load, self._columns = load, shape[1]
+        self._starts = torch.searchsorted(entries, torch.arange(shape[0] + 1) * shape[1]).tolist()
+        self._entries = entries.to(like.device)
+        self.length = shape[0]
+        self.unit = max(self.count(row, row + 1) for row in range(shape[0]))
+        self.dtype, self.device = like.dtype, like.device
+
+    def count(self, begin: int, end: int) -> int:
+        """Chosen entries in some rows."""
+        return self._starts[end] - self._starts[begin]
+
+    def fill(self, batch: int, begin: int, end: int, out: Tensor) -> None:
+        """Write the entries for a batch: each by itself where they are few, otherwise picked from D."""
         factors = self._load(batch)
-        if self._entries is None or self._starts is None:
-            _instantiate(factors, begin, end, out)
+        if factors.x is None or factors.g is None:
+            out.zero_()
             return
-        whole = out.new_empty(len(out), self._classes, (end - begin) * self.unit)
-        _instantiate(factors, begin, end, whole)
-        inside = self._entries[self._starts[begin] : self._starts[end]] - begin * self.unit
-        torch.index_select(whole, 2, inside, out=out)
+        tokens = factors.x.shape[1]
+        few = tokens * self.count(begin, end) < (end - begin) * self._columns
+        # Neither way is more than a little held at once.
+        each = (tokens * self.unit if few else self._columns) * out.shape[1] * len(out) * out.element_size()
+        step = max(1, _CACHED // each)
+        x = factors.x.permute(2, 0, 1).contiguous() if few else None  # (in, B, T): what is picked lies together
+        for row in range(begin, end, step):
+            last = min(row + step, end)
+            first, stop = self._starts[row], self._starts[last]
+            entries = self._entries[first:stop]
+            part = out[..., first - self._starts[begin] : stop - self._starts[begin]]
+            if x is not None:
+                rows, columns = torch.div(entries, self._columns, rounding_mode="floor") - row, entries % self._columns
+                g = factors.g[..., row:last].permute(3, 0, 1, 2).contiguous()  # (rows, B, C, T)
+                part.copy_((g[rows] * x[columns][:, :, None]).sum(3).permute(1, 2, 0))
+            else:
+                whole = out.new_empty(len(out), out.shape[1], (last - row) * self._columns)
+                _instantiate(factors, row, last, whole)
+                part.copy_(whole[..., entries - row * self._columns])
 
 
 def _instantiate(factors: TokenFactors, begin: int, end: int, out: Tensor) -> None:
@@ -299,7 +353,7 @@ def _instantiate(factors: TokenFactors, begin: int, end: int, out: Tensor) -> No
 # --- by tokens -----------------------------------------------------------------------------------------------------------
 
 
-def by_tokens(load: Load, samples: Samples, grams: Sequence[Gram], room: int) -> None:
+def by_tokens(load: Load, samples: Samples, grams: Sequence[Gram], room: int, sign: int = 1) -> None:
     """Add the kernel of a weight to the kernels that it is a part of, without ever forming its gradients.
 
     Args:
@@ -307,6 +361,7 @@ def by_tokens(load: Load, samples: Samples, grams: Sequence[Gram], room: int) ->
         samples: the batches.
         grams: where to add.
         room: bytes for the products of tokens; a batch is taken in as many parts as needed.
+        sign: -1 takes away.
     """
     for p in range(samples.train_batches):
         first = load(p)
@@ -318,7 +373,7 @@ def by_tokens(load: Load, samples: Samples, grams: Sequence[Gram], room: int) ->
                 continue
             for begin, part in _parts(first, second, samples.classes, room):
                 for begin_columns, other in _parts(second, part, samples.classes, room):
-                    block = _token_products(part, other)
+                    block = sign * _token_products(part, other)
                     for gram in grams:
                         gram.add(p, q, block, begin * samples.classes, begin_columns * samples.classes)
 

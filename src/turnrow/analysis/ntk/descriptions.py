@@ -164,17 +164,15 @@ class RowsAndColumns(Description):
     columns: Indices = 1
 
     def own_terms(self, layout: Layout) -> list[Term]:
-        """Two terms a layer: the rows, and of the columns what lies in other rows."""
+        """Three terms a layer: the rows, the columns, and less what is in both."""
         found: list[Term] = []
         for name in _layers(layout, self.modules, self.rows, self.columns):
             out_features, in_features = layout.features(name)
             rows = _numbers(self.rows, out_features, name, "rows")
             columns = _numbers(self.columns, in_features, name, "columns")
-            is_other = torch.ones(out_features, dtype=torch.bool).index_fill(0, rows, False)
-            others = is_other.nonzero().flatten()
             found.append(_part(name, (len(rows), in_features), rows=rows))
-            if len(others):
-                found.append(_part(name, (len(others), len(columns)), rows=others, columns=columns))
+            found.append(_part(name, (out_features, len(columns)), columns=columns))
+            found.append(_part(name, (len(rows), len(columns)), rows=rows, columns=columns, sign=-1))
         return found
 
 
@@ -321,36 +319,32 @@ _FEEDFORWARD = ("output.dense", "down_proj", "fc2", "wo", "mlp.c_proj", "fc_out"
 
 def _road_gradient(variant: pairs.Variant, group_size: int, call: Call) -> Tensor:
     """Gradients of theta and alpha at theta = 0, alpha = 1, where z = R h = h: (B, C, 2 size)."""
-    h, g = call.h, call.g
-    half = group_size // 2
-    h1, h2 = h.unflatten(-1, (-1, 2, half)).unbind(-2)  # (B, T, groups, half)
-    g1, g2 = g.unflatten(-1, (-1, 2, half)).unbind(-2)  # (B, C, T, groups, half)
-    over_tokens = partial(torch.einsum, "bctgp,btgp->bcgp")
-    entries = (
-        over_tokens(g1, h1),
-        -over_tokens(g1, h2),
-        over_tokens(g2, h2),
-        over_tokens(g2, h1),
-    )  # dc1, ds1, dc2, ds2
-    theta = h.new_zeros(pairs.parameter_size(variant, h.shape[-1]))
+    by_pair = (-1, 2, group_size // 2)
+    c1, c2 = call.products.unflatten(-1, by_pair).unbind(-2)  # (B, C, groups, half): g1 h1 and g2 h2
+    s1, s2 = call.crossed_products(group_size).unflatten(-1, by_pair).unbind(-2)  # g1 h2 and g2 h1
+    entries = (c1, -s1, c2, s2)  # gradients of the entries of the blocks of R
+    theta = c1.new_zeros(pairs.parameter_size(variant, call.products.shape[-1]))
     start = (theta, torch.ones_like(theta))
     pull: Any = torch.func.vjp(partial(pairs.coefficients, variant, group_size), *start)[1]
     return torch.cat(torch.func.vmap(torch.func.vmap(pull))(entries), dim=-1)
 
 
 def _output_scale_gradient(call: Call) -> Tensor:
-    return torch.einsum("bcto,bto->bco", call.g, call.h)
+    return call.products
 
 
 def _input_scale_gradient(weight: Tensor, call: Call) -> Tensor:
-    return torch.einsum("bcti,bti->bci", call.g @ weight.to(call.g.dtype), call.x)
+    return ((call.g @ weight.to(call.g.dtype)) * call.x[:, None]).sum(2)
 
 
 # --- names and numbers ---------------------------------------------------------------------------------------------------
 
 
-def _part(name: str, shape: tuple[int, int], *, rows: Tensor | None = None, columns: Tensor | None = None) -> Weight:
-    return Weight(f"part {name} {digest(rows, columns)}", (name,), shape, rows=rows, columns=columns)
+def _part(
+    name: str, shape: tuple[int, int], *, rows: Tensor | None = None, columns: Tensor | None = None, sign: int = 1
+) -> Weight:
+    key = f"part {name} {digest(rows, columns)} {sign:+d}"
+    return Weight(key, (name,), shape, rows=rows, columns=columns, sign=sign)
 
 
 def _layers(layout: Layout, modules: Names, *by_module: Any) -> list[str]:

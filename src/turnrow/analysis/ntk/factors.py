@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class Call:
     gradients: Sequence[Tensor] = ()
     """For each output of the model, of the shape of the module's output."""
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    _crossed: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def x(self) -> Tensor:
@@ -71,10 +72,24 @@ class Call:
         """Outputs of a linear layer, (B, T, out)."""
         return widened(self._by_sample(self.output, 1))
 
-    @property
+    @cached_property
     def g(self) -> Tensor:
         """(B, C, T, out): gradients of the outputs of the model with respect to those of a linear layer or embedding."""
-        return torch.stack([widened(self._by_sample(g.reshape(self.output.shape), 1)) for g in self.gradients], dim=1)
+        by_sample = [widened(self._by_sample(g.reshape(self.output.shape), 1)) for g in self.gradients]
+        self.gradients = ()  # not kept twice
+        return torch.stack(by_sample, dim=1)
+
+    @cached_property
+    def products(self) -> Tensor:
+        """(B, C, out): sum over tokens of g_j h_j, for every output feature j of a linear layer."""
+        return (self.g * self.h[:, None]).sum(2)
+
+    def crossed_products(self, group_size: int) -> Tensor:
+        """(B, C, out): sum over tokens of g_j h_k, for every output feature j and the k that RoAd pairs it with."""
+        if group_size not in self._crossed:
+            partners = self.h.unflatten(-1, (-1, 2, group_size // 2)).flip(-2).flatten(-3)
+            self._crossed[group_size] = (self.g * partners[:, None]).sum(2)
+        return self._crossed[group_size]
 
     def leaf_gradient(self, attribute: str) -> Tensor:
         """(B, C, p): gradients of a parameter of any module that treats every sample alone, by its own backward rule."""

@@ -17,7 +17,17 @@ import numpy as np
 from torch import nn
 
 from turnrow.analysis.ntk import caching
-from turnrow.analysis.ntk.contraction import Contraction, Gram, Samples, WeightFeatures, by_slices, by_tokens, cheaper
+from turnrow.analysis.ntk.contraction import (
+    Contraction,
+    EntryFeatures,
+    Gram,
+    Samples,
+    Space,
+    WeightFeatures,
+    by_slices,
+    by_tokens,
+    cheaper,
+)
 from turnrow.analysis.ntk.descriptions import Description
 from turnrow.analysis.ntk.factors import Batch, Outputs, batch_size, frozen
 from turnrow.analysis.ntk.layout import Layout
@@ -76,7 +86,7 @@ def tangent_kernels(
     outputs: Outputs,
     other_batches: Sequence[Batch] = (),
     *,
-    block_bytes: int = 2**30,
+    block_bytes: int = 2**31,
     contraction: Contraction = "auto",
     progress: Progress = False,
     cache: str | os.PathLike[str] | None = None,
@@ -128,9 +138,10 @@ def tangent_kernels(
                 advance()
             samples = factors.samples(len(batches))
             grams = {name: Gram(samples) for name in terms}
+            space = Space()
             for term_key in by_key:
                 wanted = [grams[name] for name, own in terms.items() if term_key in own]
-                _contract(factors, factors.now(term_key), samples, wanted, block_bytes // 2, contraction)
+                _contract(factors, factors.now(term_key), samples, wanted, block_bytes // 2, space, contraction)
                 advance()
     done: dict[str, TangentKernel] = {}
     for name, own in terms.items():
@@ -172,21 +183,28 @@ def _size(terms: Mapping[str, Term]) -> int:
 
 
 def _contract(
-    factors: FactorPass, term: Term, samples: Samples, grams: Sequence[Gram], room: int, contraction: Contraction
+    factors: FactorPass,
+    term: Term,
+    samples: Samples,
+    grams: Sequence[Gram],
+    room: int,
+    space: Space,
+    contraction: Contraction,
 ) -> None:
     if isinstance(term, Vector):
-        by_slices(factors.vectors(term), samples, grams, room)
+        by_slices(factors.vectors(term), samples, grams, room, space)
         return
     tokens = factors.tokens(term)
     if not any(linear or looked_up for linear, looked_up in tokens):
         return  # no output depends on this weight
     how = cheaper(tokens, term.shape, samples) if contraction == "auto" else contraction
     load = partial(factors.load, term)
-    # A product of tokens is that of all entries between them.
-    if how == "tokens" and term.entries is None:
-        by_tokens(load, samples, grams, room)
+    if term.entries is not None:  # a product of tokens would be that of all entries
+        by_slices(EntryFeatures(load, term.shape, term.entries, factors.like), samples, grams, room, space)
+    elif how == "tokens":
+        by_tokens(load, samples, grams, room, term.sign)
     else:
-        by_slices(WeightFeatures(load, term.shape, samples.classes, factors.like, term.entries), samples, grams, room)
+        by_slices(WeightFeatures(load, term.shape, factors.like), samples, grams, room, space, term.sign)
 
 
 # --- on disk -------------------------------------------------------------------------------------------------------------

@@ -177,13 +177,12 @@ class FactorPass:
     ) -> _Packed | None:
         """Without the tokens that have no gradient: padding, and all but the first where only that one is read."""
         try:
-            x = torch.cat([call.x for call in calls], dim=1)
-            g = torch.cat([self._gradient(call) for call in calls], dim=2)
+            x, g = _joined([(call.x, self._gradient(call)) for call in calls])
         except Unseparable:
             raise _mixes_samples(name) from None
-        for call in calls:
-            call.gradients = ()
-        matters = g.ne(0).any(dim=3).any(dim=1)  # (B, T)
+        if x is None or g is None:
+            return None
+        matters = torch.linalg.vector_norm(g, ord=float("inf"), dim=(1, 3)) != 0  # (B, T)
         kept = int(matters.sum(1).max())
         if kept == 0:
             return None

@@ -43,11 +43,13 @@ class Weight:
     """(n,) int64 ascending: these entries of D, row by row."""
     parameter: str | None = None
     """The parameter that is trained whole; None for a part of one, or for what an adapter adds."""
+    sign: int = 1
+    """-1 for what two other terms of the same kernel both have, which counts once."""
 
     @property
     def size(self) -> int:
-        """Number of trained parameters."""
-        return math.prod(self.shape) if self.entries is None else len(self.entries)
+        """Number of trained parameters that it adds."""
+        return self.sign * (math.prod(self.shape) if self.entries is None else len(self.entries))
 
 
 @dataclass(frozen=True, eq=False)
