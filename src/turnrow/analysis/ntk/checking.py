@@ -78,8 +78,8 @@ def _agrees(layout: Layout, name: str, calls: list[Call], expected: Tensor | Non
     if expected is None:
         expected = torch.zeros_like(total)
     off = float((total - expected).norm())
-    epsilon = torch.finfo(layout.parameters[name].dtype).eps
-    tolerance = min(0.1, max(1e-9, 1000 * epsilon))
+    # Wide enough for the norms that compute in float32 whatever they are given; samples that are mixed up are off by about 1.
+    tolerance = min(0.1, max(1e-4, 1000 * torch.finfo(layout.parameters[name].dtype).eps))
     return off <= tolerance * max(size, float(expected.norm()))
 
 

@@ -100,7 +100,9 @@ class Gram:
         self.train = np.zeros((n * c, n * c))
         self.others = np.zeros((m * c, n * c))
 
-    def add(self, first: int, second: int, values: Tensor, shift: int = 0, shift_columns: int = 0) -> None:
+    def add(
+        self, first: int, second: int, values: Tensor, shift: int = 0, shift_columns: int = 0, sign: int = 1
+    ) -> None:
         """Add products of the outputs of neighbouring batches.
 
         Args:
@@ -109,14 +111,18 @@ class Gram:
             values: (rows, columns).
             shift: rows that were left out at the beginning.
             shift_columns: likewise columns.
+            sign: -1 takes away.
         """
         c = self.samples.classes
         row, column = self.samples.start(first) * c + shift, self.samples.start(second) * c + shift_columns
         block = values.to("cpu", torch.float64).numpy()
+        add = np.add if sign > 0 else np.subtract
         if second < self.samples.train_batches:
-            self.train[row : row + block.shape[0], column : column + block.shape[1]] += block
+            part = self.train[row : row + block.shape[0], column : column + block.shape[1]]
+            add(part, block, out=part)
         else:
-            self.others[column : column + block.shape[1], row : row + block.shape[0]] += block.T
+            part = self.others[column : column + block.shape[1], row : row + block.shape[0]]
+            add(part, block.T, out=part)
 
     def blocks(self) -> tuple[np.ndarray, np.ndarray]:
         """(n, n, C, C) and (m, n, C, C)."""
@@ -179,7 +185,7 @@ def by_slices(
     """
     each = samples.classes * features.unit * features.dtype.itemsize
     largest = max(samples.sizes)
-    half = room // 2
+    half = room // 4  # for one of the two; as much for the products and their float64 copies
     if largest * each > half:
         raise UserError(
             f"block_bytes leaves {half} bytes for the gradients of a batch, which take {largest * each} for one row of a weight "
@@ -191,6 +197,7 @@ def by_slices(
     wanted = max(_CACHED // (widest * each), -(-_LONG // features.unit))
     step = max(1, min(features.length, wanted, half // (widest * each)))
     size = widest * samples.classes * features.unit * step
+    height = max(1, min(_STRIP, half // (widest * samples.classes * (2 * features.dtype.itemsize + 8))))
     here, there = space.take(2 * size, features.dtype, features.device).view(2, -1)
     for number, tile in enumerate(train):
         for begin in range(0, features.length, step):
@@ -198,16 +205,16 @@ def by_slices(
             if features.count(begin, end) == 0:
                 continue
             a = _filled(features, tile, samples, begin, end, here)
-            for strip in range(0, len(a), _STRIP):
-                product = sign * (a[strip : strip + _STRIP] @ a[strip:].T)
+            for strip in range(0, len(a), height):
+                product = a[strip : strip + height] @ a[strip:].T
                 for gram in grams:
-                    gram.add(tile.start, tile.start, product, strip, strip)
+                    gram.add(tile.start, tile.start, product, strip, strip, sign)
             for other in (*train[number + 1 :], *others):
                 b = _filled(features, other, samples, begin, end, there)
-                for strip in range(0, len(b), _STRIP):
-                    product = sign * (a @ b[strip : strip + _STRIP].T)
+                for strip in range(0, len(b), height):
+                    product = a @ b[strip : strip + height].T
                     for gram in grams:
-                        gram.add(tile.start, other.start, product, 0, strip)
+                        gram.add(tile.start, other.start, product, 0, strip, sign)
 
 
 def _filled(features: Features, tile: range, samples: Samples, begin: int, end: int, space: Tensor) -> Tensor:
@@ -373,9 +380,9 @@ def by_tokens(load: Load, samples: Samples, grams: Sequence[Gram], room: int, si
                 continue
             for begin, part in _parts(first, second, samples.classes, room):
                 for begin_columns, other in _parts(second, part, samples.classes, room):
-                    block = sign * _token_products(part, other)
+                    block = _token_products(part, other)
                     for gram in grams:
-                        gram.add(p, q, block, begin * samples.classes, begin_columns * samples.classes)
+                        gram.add(p, q, block, begin * samples.classes, begin_columns * samples.classes, sign)
 
 
 def _parts(factors: TokenFactors, other: TokenFactors, classes: int, room: int) -> Iterator[tuple[int, TokenFactors]]:

@@ -143,8 +143,11 @@ class Recording:
         """Gradients of a number with respect to the outputs of all calls in order, and to further tensors."""
         calls = [one for calls in self._pending.values() for one in calls]
         wanted: list[Any] = [*(one.edge for one in calls), *more]
-        found = torch.autograd.grad(of, wanted, retain_graph=keep, allow_unused=True)
-        dense = [torch.zeros_like(one.call.output) if g is None else g for one, g in zip(calls, found, strict=False)]
+        found: Any = torch.autograd.grad(of, wanted, retain_graph=keep, allow_unused=True)
+        dense = [
+            torch.zeros_like(one.call.output) if g is None else g
+            for one, g in zip(calls, found[: len(calls)], strict=True)
+        ]
         return dense, found[len(calls) :]
 
     def calls(self, gradients: Sequence[Sequence[Tensor]]) -> dict[str, list[Call]]:

@@ -111,5 +111,5 @@ def digest(*tensors: Tensor | None) -> str:
         values = tensor.detach().cpu().contiguous()
         state.update(f"{values.dtype} {tuple(values.shape)}".encode())
         if values.numel():
-            state.update(values.flatten().view(torch.uint8).numpy())
+            state.update(values.flatten().view(torch.uint8).numpy().tobytes())
     return state.hexdigest()[:16]
