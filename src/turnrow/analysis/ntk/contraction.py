@@ -29,6 +29,9 @@ __all__ = [
     "EntryFeatures",
     "Features",
     "Gram",
+    "Load",
+    "Pick",
+    "Remembered",
     "Samples",
     "Space",
     "StoredVectors",
@@ -168,7 +171,13 @@ class Space:
 
 
 def by_slices(
-    features: Features, samples: Samples, grams: Sequence[Gram], room: int, space: Space, sign: int = 1
+    features: Features,
+    samples: Samples,
+    grams: Sequence[Gram],
+    room: int,
+    space: Space,
+    sign: int = 1,
+    picks: Sequence[Pick] = (),
 ) -> None:
     """Add the kernel of some parameters to the kernels that they are a part of, by slices of their gradients.
 
@@ -179,6 +188,7 @@ def by_slices(
         room: bytes for the gradients of two groups of samples; there are as many groups as needed.
         space: where to put them.
         sign: -1 takes away.
+        picks: some of the features that are other kernels' too.
 
     Raises:
         UserError: the smallest slice of one batch does not fit.
@@ -189,7 +199,7 @@ def by_slices(
     if largest * each > half:
         raise UserError(
             f"block_bytes leaves {half} bytes for the gradients of a batch, which take {largest * each} for one row of a weight "
-            f"({largest} samples, {samples.classes} outputs, {features.unit} numbers); give at least {8 * largest * each}, or smaller batches"
+            f"({largest} samples, {samples.classes} outputs, {features.unit} numbers); give at least {16 * largest * each}, or smaller batches"
         )
     most = max(largest, half // (each * min(features.length, _FEW)))
     train, others = samples.tiles(most, train=True), samples.tiles(most, train=False)
@@ -205,16 +215,26 @@ def by_slices(
             if features.count(begin, end) == 0:
                 continue
             a = _filled(features, tile, samples, begin, end, here)
-            for strip in range(0, len(a), height):
-                product = a[strip : strip + height] @ a[strip:].T
-                for gram in grams:
-                    gram.add(tile.start, tile.start, product, strip, strip, sign)
+            parts = [(pick.of(a, begin, end), pick) for pick in picks]
+            _multiply(a, None, grams, tile, tile, height, sign)
+            for part, pick in parts:
+                _multiply(part, None, pick.grams, tile, tile, height)
             for other in (*train[number + 1 :], *others):
                 b = _filled(features, other, samples, begin, end, there)
-                for strip in range(0, len(b), height):
-                    product = a @ b[strip : strip + height].T
-                    for gram in grams:
-                        gram.add(tile.start, other.start, product, 0, strip, sign)
+                _multiply(a, b, grams, tile, other, height, sign)
+                for part, pick in parts:
+                    _multiply(part, pick.of(b, begin, end), pick.grams, tile, other, height)
+
+
+def _multiply(
+    a: Tensor, b: Tensor | None, grams: Sequence[Gram], first: range, second: range, height: int, sign: int = 1
+) -> None:
+    """Add a b^T, a strip at a time; without b the upper half of a a^T."""
+    of = a if b is None else b
+    for strip in range(0, len(of), height):
+        product = a[strip : strip + height] @ a[strip:].T if b is None else a @ b[strip : strip + height].T
+        for gram in grams:
+            gram.add(first.start, second.start, product, strip if b is None else 0, strip, sign)
 
 
 def _filled(features: Features, tile: range, samples: Samples, begin: int, end: int, space: Tensor) -> Tensor:
@@ -297,6 +317,20 @@ class WeightFeatures:
         _instantiate(self._load(batch), begin, end, out)
 
 
+class Pick:
+    """Some entries of D, picked where D is formed anyway."""
+
+    def __init__(self, entries: Tensor, shape: tuple[int, int], grams: Sequence[Gram], device: torch.device) -> None:
+        self._columns = shape[1]
+        self._starts = torch.searchsorted(entries, torch.arange(shape[0] + 1) * shape[1]).tolist()
+        self._entries = entries.to(device)
+        self.grams = grams
+
+    def of(self, rows: Tensor, begin: int, end: int) -> Tensor:
+        """Those in some rows of D, from (samples C, rows in)."""
+        return rows[:, self._entries[self._starts[begin] : self._starts[end]] - begin * self._columns]
+
+
 class EntryFeatures:
     """Some entries of D, those in a slice of rows at a time."""
 
@@ -355,6 +389,25 @@ def _instantiate(factors: TokenFactors, begin: int, end: int, out: Tensor) -> No
         place = place * rows + (ids[sample, token] - begin)[:, None]
         values = e[sample, :, token]  # (tokens, C, in)
         out.view(batch * classes * rows, -1).index_add_(0, place.flatten(), values.flatten(0, 1))
+
+
+class Remembered:
+    """What `load` returned last time, as long as it takes no more than some bytes in all."""
+
+    def __init__(self, load: Load, limit: int) -> None:
+        self._load, self._left = load, limit
+        self._known: dict[int, TokenFactors] = {}
+
+    def __call__(self, batch: int) -> TokenFactors:
+        """The factors of a batch."""
+        if batch in self._known:
+            return self._known[batch]
+        factors = self._load(batch)
+        size = sum(t.nbytes for t in (factors.x, factors.g, factors.ids, factors.e) if t is not None)
+        if size <= self._left:
+            self._left -= size
+            self._known[batch] = factors
+        return factors
 
 
 # --- by tokens -----------------------------------------------------------------------------------------------------------

@@ -93,6 +93,8 @@ class Call:
 
     def leaf_gradient(self, attribute: str) -> Tensor:
         """(B, C, p): gradients of a parameter of any module that treats every sample alone, by its own backward rule."""
+        if type(self.module).forward is nn.LayerNorm.forward:
+            return self._norm_gradient(attribute)
         parameters = {name: p.detach() for name, p in self.module.named_parameters(recurse=False)}
         keywords, module = dict(self.keywords), self.module
         moving = {attribute: parameters.pop(attribute)}
@@ -117,6 +119,16 @@ class Call:
             return widened(torch.func.vmap(of_sample)(inputs, g))
         except RuntimeError as error:  # what the module does cannot be done for all samples at once
             raise Unseparable from error
+
+    def _norm_gradient(self, attribute: str) -> Tensor:
+        """(B, C, p) of torch's LayerNorm: sum over tokens of g, or of g times what was normalized."""
+        norm: Any = self.module
+        kept = len(norm.normalized_shape)
+        g = torch.stack([widened(self._by_sample(g.reshape(self.output.shape), kept)) for g in self.gradients], dim=1)
+        if attribute == "weight":
+            x = nn.functional.layer_norm(widened(self.inputs[0]), norm.normalized_shape, eps=norm.eps)
+            g = g * self._by_sample(x, kept)[:, None]
+        return g.sum(2).flatten(2)
 
     def _by_sample(self, values: Tensor, trailing: int) -> Tensor:
         """(B, T, ...): with as many trailing dimensions kept, those between them and the samples as one."""

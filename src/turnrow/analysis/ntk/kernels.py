@@ -21,6 +21,9 @@ from turnrow.analysis.ntk.contraction import (
     Contraction,
     EntryFeatures,
     Gram,
+    Load,
+    Pick,
+    Remembered,
     Samples,
     Space,
     WeightFeatures,
@@ -32,7 +35,7 @@ from turnrow.analysis.ntk.descriptions import Description
 from turnrow.analysis.ntk.factors import Batch, Outputs, batch_size, frozen
 from turnrow.analysis.ntk.layout import Layout
 from turnrow.analysis.ntk.passing import FactorPass
-from turnrow.analysis.ntk.terms import Term, Vector
+from turnrow.analysis.ntk.terms import Term, Vector, Weight
 from turnrow.errors import UserError
 
 __all__ = ["Progress", "TangentKernel", "TangentKernels", "tangent_kernels"]
@@ -98,7 +101,7 @@ def tangent_kernels(
     one sample at a time, which is slow and as exact.
 
     Memory: the model, the kernels (8 bytes for each of their numbers), the graph and the factors of one batch, and at most `block_bytes`
-    for everything else: half of it holds factors, which go to a temporary file beyond that, and half the gradients and
+    for everything else: three quarters of it hold factors, which go to a temporary file beyond that, and one the gradients and
     products being computed. Smaller blocks cost time. Batches of samples of similar length save both.
 
     Args:
@@ -129,7 +132,7 @@ def tangent_kernels(
     every = [*batches, *other_batches]
     by_key = {key: term for own in terms.values() for key, term in own.items()}
     largest = max(map(batch_size, every))
-    with frozen(model), FactorPass(layout, list(by_key.values()), outputs, block_bytes // 2, largest) as factors:
+    with frozen(model), FactorPass(layout, list(by_key.values()), outputs, block_bytes * 3 // 4, largest) as factors:
         # Samples can be told apart wrongly only where there are several.
         factors.check(next((batch for batch in every if batch_size(batch) > 1), every[0]))
         with _advancing(progress, len(every) + len(by_key)) as advance:
@@ -138,10 +141,8 @@ def tangent_kernels(
                 advance()
             samples = factors.samples(len(batches))
             grams = {name: Gram(samples) for name in terms}
-            space = Space()
-            for term_key in by_key:
-                wanted = [grams[name] for name, own in terms.items() if term_key in own]
-                _contract(factors, factors.now(term_key), samples, wanted, block_bytes // 2, space, contraction)
+            wanted = {key: [grams[name] for name, own in terms.items() if key in own] for key in by_key}
+            for _ in _contract(factors, samples, wanted, block_bytes // 4, contraction):
                 advance()
     done: dict[str, TangentKernel] = {}
     for name, own in terms.items():
@@ -183,28 +184,49 @@ def _size(terms: Mapping[str, Term]) -> int:
 
 
 def _contract(
-    factors: FactorPass,
-    term: Term,
-    samples: Samples,
-    grams: Sequence[Gram],
-    room: int,
-    space: Space,
-    contraction: Contraction,
-) -> None:
-    if isinstance(term, Vector):
-        by_slices(factors.vectors(term), samples, grams, room, space)
-        return
-    tokens = factors.tokens(term)
-    if not any(linear or looked_up for linear, looked_up in tokens):
-        return  # no output depends on this weight
-    how = cheaper(tokens, term.shape, samples) if contraction == "auto" else contraction
-    load = partial(factors.load, term)
-    if term.entries is not None:  # a product of tokens would be that of all entries
-        by_slices(EntryFeatures(load, term.shape, term.entries, factors.like), samples, grams, room, space)
-    elif how == "tokens":
-        by_tokens(load, samples, grams, room, term.sign)
-    else:
-        by_slices(WeightFeatures(load, term.shape, factors.like), samples, grams, room, space, term.sign)
+    factors: FactorPass, samples: Samples, terms: Mapping[str, Sequence[Gram]], room: int, contraction: Contraction
+) -> Iterator[str]:
+    """Add the kernel of every term, by its key, to the kernels that it is a part of; yield the keys as they are done."""
+    space, done = Space(), set()
+    picked: dict[str, list[str]] = {}
+    for key in terms:
+        term = factors.now(key)
+        if isinstance(term, Weight) and term.entries is not None:
+            picked.setdefault(term.modules[0], []).append(key)
+    # Entries come last: where the whole weight is done by slices, they are done with it.
+    for key in sorted(terms, key=lambda key: any(key in keys for keys in picked.values())):
+        term = factors.now(key)
+        if key in done:
+            continue
+        if isinstance(term, Vector):
+            by_slices(factors.vectors(term), samples, terms[key], room, space)
+        else:
+            load: Load = Remembered(partial(factors.load, term), room // 4)
+            tokens = factors.tokens(term)
+            how = cheaper(tokens, term.shape, samples) if contraction == "auto" else contraction
+            if not any(linear or looked_up for linear, looked_up in tokens):
+                pass  # no output depends on this weight
+            elif term.entries is not None:  # a product of tokens would be that of all entries
+                by_slices(EntryFeatures(load, term.shape, term.entries, factors.like), samples, terms[key], room, space)
+            elif how == "tokens":
+                by_tokens(load, samples, terms[key], room, term.sign)
+            else:
+                with_it = (
+                    picked.get(term.modules[0], []) if term.parameter is not None and len(term.modules) == 1 else []
+                )
+                picks = [_pick(factors.now(other), terms[other], factors) for other in with_it]
+                features = WeightFeatures(load, term.shape, factors.like)
+                by_slices(features, samples, terms[key], room, space, term.sign, picks)
+                done.update(with_it)
+                yield from with_it
+        done.add(key)
+        yield key
+
+
+def _pick(term: Term, grams: Sequence[Gram], factors: FactorPass) -> Pick:
+    if not isinstance(term, Weight) or term.entries is None:
+        raise TypeError(f"{term.key} is no choice of entries")
+    return Pick(term.entries, term.shape, grams, factors.like.device)
 
 
 # --- on disk -------------------------------------------------------------------------------------------------------------
