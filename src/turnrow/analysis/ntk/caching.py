@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 
 from turnrow.analysis.ntk.factors import Batch, Outputs
+from turnrow.analysis.ntk.writing import replace_bytes
 from turnrow.errors import UserError
 
 __all__ = ["FORMAT", "key_of", "read", "write"]
@@ -76,17 +76,7 @@ def write(folder: str | os.PathLike[str], key: str, arrays: Mapping[str, np.ndar
     """Write arrays under a key, making the folder."""
     path = _path(folder, key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, metadata={"key": key}))
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    replace_bytes(path, save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, metadata={"key": key}))
     return path
 
 

@@ -60,7 +60,7 @@ class KernelLogisticRegression(ClassifierMixin, BaseEstimator):
         cv: int = 5,
         scoring: Literal["log_loss", "accuracy"] = "log_loss",
         max_iter: int = 100,
-        tol: float = 1e-8,
+        tol: float = 1e-12,
         random_state: int | None = 0,
     ) -> None:
         self.kernel = kernel
@@ -96,7 +96,9 @@ class KernelLogisticRegression(ClassifierMixin, BaseEstimator):
         self.classes_ = encoder.classes_
         count = len(self.classes_)
         if count < 2:
-            raise UserError(f"y holds one class, {self.classes_[0]!r}; a classifier needs samples of two at least")
+            raise UserError(
+                f"y holds one class, {self.classes_.tolist()[0]!r}; a classifier needs samples of two at least"
+            )
         blocks = _as_blocks(kernel, count)
         outputs = blocks.outputs
         if outputs not in (1, count) or (outputs == 1 and count > 2):
@@ -285,7 +287,13 @@ def _newton(
         return w, 1
     largest = max(float(np.abs(coordinates.phi).sum(0).max()), np.finfo(float).tiny)
     f = start + coordinates.apply(w)
-    loss = _loss(f, target) + lam / 2 * w @ w
+    loss = _loss(f, target) + lam / 2 * float(w @ w)
+
+    def step_to(step: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        tried = w - step
+        new_f = start + coordinates.apply(tried)
+        return tried, new_f, _loss(new_f, target) + lam / 2 * float(tried @ tried)
+
     for step in range(1, max_iter + 1):
         p = _probabilities(f)
         gradient = coordinates.gradient(p - target) + lam * w
@@ -294,16 +302,12 @@ def _newton(
         hessian = coordinates.curvature(_second_derivatives(p))
         hessian[np.diag_indices_from(hessian)] += lam
         direction = cho_solve(cho_factor(hessian, check_finite=False), gradient, check_finite=False)
-        slope, length = gradient @ direction, 1.0
-        while True:
-            tried = w - length * direction
-            new_f = start + coordinates.apply(tried)
-            new_loss = _loss(new_f, target) + lam / 2 * tried @ tried
-            if new_loss <= loss - 1e-4 * length * slope or length < 1e-10:
-                break
+        slope, length = float(gradient @ direction), 1.0
+        tried, new_f, new_loss = step_to(direction)
+        # So near to the minimum the loss no longer tells a step's effect from rounding, and whole steps are right.
+        while slope > 1e-8 * max(1.0, abs(loss)) and new_loss > loss - 1e-4 * length * slope and length > 1e-10:
             length /= 2
-        if new_loss >= loss:  # as near as floating-point numbers come
-            return w, step
+            tried, new_f, new_loss = step_to(length * direction)
         w, f, loss = tried, new_f, new_loss
     return w, max_iter
 
