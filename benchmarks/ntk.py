@@ -172,7 +172,9 @@ def jacobian_kernel(setting: Setting) -> tuple[np.ndarray, np.ndarray]:
     return blocks(train), blocks(other)
 
 
-def lm_kernel_ft(setting: Setting, outer: int, inner: int, most: int, seconds: float) -> dict[str, Any]:
+def lm_kernel_ft(
+    setting: Setting, outer: int, inner: int, most: int, seconds: float, device: str = "cpu"
+) -> dict[str, Any]:
     """Time pairs of batches, for so many seconds or pairs at most, and extrapolate to all; the blocks that were computed too."""
     model = setting.model
     weights = {name: weight.detach() for name, weight in weights_of(model).items()}
@@ -184,32 +186,39 @@ def lm_kernel_ft(setting: Setting, outer: int, inner: int, most: int, seconds: f
     every = singles(setting.train) + singles(setting.other)
     n, total = setting.samples[0], sum(setting.samples)
     draw = random.Random(1)
-    jacrev_seconds, pair_seconds, blocks = [], [], []
+    jacrevs: list[dict[str, float]] = []
+    pairs: list[dict[str, float]] = []
+    blocks = []
     started = time.perf_counter()
-    while len(pair_seconds) < most and (not pair_seconds or time.perf_counter() - started < seconds):
+    while len(pairs) < most and (not pairs or time.perf_counter() - started < seconds):
         first = draw.randrange(0, max(1, n - outer + 1))
-        begun = time.perf_counter()
-        gradients = torch.func.jacrev(f)(weights, padded(every[first : first + outer]))  # (outer, C, ...)
-        jacrev_seconds.append(time.perf_counter() - begun)
+        with Clock(device) as clock:
+            gradients = torch.func.jacrev(f)(weights, padded(every[first : first + outer]))  # (outer, C, ...)
+        jacrevs.append(clock.seconds)
         for _ in range(4):
             second = draw.randrange(0, max(1, total - inner + 1))
             batch = padded(every[second : second + inner])
-            begun = time.perf_counter()
 
             def along(tangent: dict[str, Tensor], batch: dict = batch) -> Tensor:
                 return torch.func.jvp(lambda w: f(w, batch), (weights,), (tangent,))[1]
 
-            block = torch.func.vmap(torch.func.vmap(along))(gradients)  # (outer, C, inner, C)
-            pair_seconds.append(time.perf_counter() - begun)
+            with Clock(device) as clock:
+                block = torch.func.vmap(torch.func.vmap(along))(gradients)  # (outer, C, inner, C)
+            pairs.append(clock.seconds)
             blocks.append((first, second, block.double().cpu().numpy()))
-    jacrevs, pairs = -(-n // outer), -(-n // outer) * -(-total // inner)
+    outers, inners = -(-n // outer), -(-total // inner)
+    # Means, for samples are of different lengths and all of them would have to be done.
+    extrapolated = {
+        kind: outers * float(np.mean([one[kind] for one in jacrevs]))
+        + outers * inners * float(np.mean([one[kind] for one in pairs]))
+        for kind in ("wall", "processor")
+    }
     return {
         "outer_batch": outer,
         "inner_batch": inner,
-        "timed_pairs": len(pair_seconds),
-        "jacrev_seconds": float(np.median(jacrev_seconds)),
-        "pair_seconds": float(np.median(pair_seconds)),
-        "extrapolated_seconds": jacrevs * float(np.median(jacrev_seconds)) + pairs * float(np.median(pair_seconds)),
+        "jacrev_seconds": jacrevs,
+        "pair_seconds": pairs,
+        "extrapolated_seconds": extrapolated,
         "blocks": blocks,
     }
 
@@ -226,17 +235,32 @@ def padded(samples: Sequence[dict]) -> dict[str, Tensor]:
 # --- measuring -----------------------------------------------------------------------------------------------------------
 
 
-def timed(compute: Callable[[], Any], device: str) -> tuple[Any, float]:
+class Clock:
+    """Wall time, and the processor's own: on a busy machine that is what a quiet one would take on one thread."""
+
+    def __init__(self, device: str) -> None:
+        self._wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+        self.seconds: dict[str, float] = {}
+
+    def __enter__(self) -> Clock:
+        self._wait()
+        self._begun = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._wait()
+        wall, processor = self._begun
+        self.seconds = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
+
+
+def timed(compute: Callable[[], Any], device: str) -> tuple[Any, dict[str, float]]:
     gc.collect()
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    wait()
-    begun = time.perf_counter()
-    result = compute()
-    wait()
-    return result, time.perf_counter() - begun
+    with Clock(device) as clock:
+        result = compute()
+    return result, clock.seconds
 
 
-def growth_of(compute: Callable[[], Any], device: str) -> tuple[Any, float, int]:
+def growth_of(compute: Callable[[], Any], device: str) -> tuple[Any, dict[str, float], int]:
     """Result, seconds, and bytes that the process (on CUDA: the device) grew by at its peak. To be called first: a peak stays."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -267,29 +291,31 @@ def measure(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
     kernels, seconds, grown = growth_of(lambda: ours(wanted), arguments.device)
     figures: dict[str, Any] = {"all_seconds": seconds, "all_peak_bytes": grown, "kernel_bytes": sum(k.train.nbytes + k.other.nbytes for k in kernels.values())}  # fmt: skip
     report(
-        f"{len(wanted)} kernels: {seconds:.1f} s, peak {grown / 2**30:.2f} GiB over {arguments.block / 2**30:.2f} GiB of block"
+        f"{len(wanted)} kernels: {shown(seconds)}, peak {grown / 2**30:.2f} GiB over {arguments.block / 2**30:.2f} GiB of block"
     )
     if arguments.alone:
         return figures
     figures["single_seconds"] = {}
     for name in ("full", "rows r=1"):
         _, figures["single_seconds"][name] = timed(lambda name=name: ours({name: KERNELS[name]}), arguments.device)
-        report(f"{name} alone: {figures['single_seconds'][name]:.1f} s")
+        report(f"{name} alone: {shown(figures['single_seconds'][name])}")
     runs = []
     for outer, inner in _BATCH_SIZES:
-        run = lm_kernel_ft(setting, outer, inner, arguments.pairs, arguments.seconds)
+        run = lm_kernel_ft(setting, outer, inner, arguments.pairs, arguments.seconds, arguments.device)
         run["relative_difference"] = max(
             difference(kernels["full"], setting.samples[0], first, second, block)
             for first, second, block in run.pop("blocks")
         )
         runs.append(run)
-        report(f"LM-Kernel-FT {outer} x {inner}: {run['extrapolated_seconds']:.0f} s by {run['timed_pairs']} pairs")
+        report(
+            f"LM-Kernel-FT {outer} x {inner}: {shown(run['extrapolated_seconds'])} by {len(run['pair_seconds'])} pairs"
+        )
     figures["lm_kernel_ft"] = runs
     (train, other), figures["jacobian_seconds"] = timed(lambda: jacobian_kernel(setting), arguments.device)
     size = max(np.abs(train).max(), np.abs(other).max())
     off = max(np.abs(train - kernels["full"].train).max(), np.abs(other - kernels["full"].other).max())
     figures["jacobian_relative_difference"] = float(off / size)
-    report(f"jacobians: {figures['jacobian_seconds']:.1f} s, relative difference {off / size:.1e}")
+    report(f"jacobians: {shown(figures['jacobian_seconds'])}, relative difference {off / size:.1e}")
     return figures
 
 
@@ -301,34 +327,45 @@ def difference(kernel: Any, n: int, first: int, second: int, block: np.ndarray) 
     return float(np.abs(mine - block).max() / np.abs(whole).max())
 
 
+def shown(seconds: dict[str, float]) -> str:
+    return f"{seconds['wall']:,.1f} s ({seconds['processor']:,.1f} s of processor)"
+
+
 def report(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 def markdown(result: dict[str, Any]) -> str:
-    settings, figures = result["settings"], result["figures"]
+    settings, figures, machine = result["settings"], result["figures"], result["machine"]
     n, m, c = settings["train"], settings["test"], settings["classes"]
+    # A GPU's time is no time of the processor.
+    kind = "processor" if torch.device(settings["device"]).type == "cpu" else "wall"
     lines = [
         f"{n} training and {m} test samples of {settings['task']}, {c} outputs, {settings['model']}, {settings['dtype']}",
         "",
     ]
-    lines += ["| what | seconds | peak memory |", "|---|--:|--:|"]
+    lines += ["| what | seconds | seconds of processor | peak memory |", "|---|--:|--:|--:|"]
+
+    def row(what: str, seconds: dict[str, float], peak: str = "") -> str:
+        return f"| {what} | {seconds['wall']:,.1f} | {seconds['processor']:,.1f} | {peak} |"
+
     peak = f"{figures['all_peak_bytes'] / 2**30:.2f} GiB"
-    lines.append(f"| {len(settings['kernels'])} kernels in one pass | {figures['all_seconds']:.1f} | {peak} |")
-    for name, seconds in figures.get("single_seconds", {}).items():
-        lines.append(f"| {name} alone | {seconds:.1f} | |")
+    lines.append(row(f"{len(settings['kernels'])} kernels in one pass", figures["all_seconds"], peak))
+    lines += [row(f"{name} alone", seconds) for name, seconds in figures.get("single_seconds", {}).items()]
     if "jacobian_seconds" in figures:
-        lines.append(f"| full, one jacobian at a time | {figures['jacobian_seconds']:.1f} | |")
+        lines.append(row("full, one jacobian at a time", figures["jacobian_seconds"]))
     runs = figures.get("lm_kernel_ft", [])
     for run in runs:
         name = f"full, LM-Kernel-FT's algorithm, batches {run['outer_batch']} and {run['inner_batch']}, extrapolated"
-        lines.append(f"| {name} | {run['extrapolated_seconds']:,.0f} | |")
+        lines.append(row(name, run["extrapolated_seconds"]))
     if runs:
-        ours = figures["all_seconds"]
-        best = min(run["extrapolated_seconds"] for run in runs)
+        ours = figures["all_seconds"][kind]
+        best = min(run["extrapolated_seconds"][kind] for run in runs)
         worst_off = max([figures["jacobian_relative_difference"], *(run["relative_difference"] for run in runs)])
-        slow = runs[0]["extrapolated_seconds"]
-        single = min(figures["jacobian_seconds"] / seconds for seconds in figures["single_seconds"].values())
+        slow = runs[0]["extrapolated_seconds"][kind]
+        single = min(
+            figures["jacobian_seconds"][kind] / seconds[kind] for seconds in figures["single_seconds"].values()
+        )
         lines += [
             "",
             goal("all kernels against LM-Kernel-FT's algorithm at batch 1", slow / ours, 50, "times faster"),
@@ -336,9 +373,10 @@ def markdown(result: dict[str, Any]) -> str:
             goal("a single kernel against one jacobian at a time", single, 3, "times faster"),
             f"- largest relative difference {worst_off:.1e}; at most 1e-4: {'reached' if worst_off <= 1e-4 else 'MISSED'}",
         ]
-    machine = result["machine"]
-    lines += ["", f"{machine['processor']}, {machine['threads']} threads, load before {machine['load_average']:.1f}, torch {result['versions']['torch']}"]  # fmt: skip
-    return "\n".join(lines)
+    where = f"{machine['processor']}, {machine['threads']} threads, load before {machine['load_average']:.1f}, torch {result['versions']['torch']}"
+    return "\n".join(
+        [*lines, "", where + ("; ratios are of the processor's seconds" if runs and kind == "processor" else "")]
+    )
 
 
 def goal(what: str, found: float, wanted: float, unit: str) -> str:

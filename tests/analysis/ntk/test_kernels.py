@@ -39,6 +39,7 @@ from turnrow.analysis.ntk import (
     TangentKernels,
     tangent_kernels,
 )
+from turnrow.analysis.ntk.passing import FactorPass
 from turnrow.errors import UserError
 
 BY_WEIGHT = ("bert", "roberta", "encoder", "llama", "gpt2", "albert")
@@ -101,6 +102,15 @@ def test_everything_equals_the_whole_jacobian(name: str, how: str) -> None:
     # Tied weights, layers called several times, positions that all samples share, experts: whatever there is.
     kernels = compute(case(name), {"everything": Everything()}, contraction=how)
     assert_equal(kernels["everything"], list(all_jacobians(name).values()))
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "encoder", "llama", "gpt2", "albert"])
+def test_nothing_is_asked_sample_by_sample_where_factors_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args) -> None:
+        raise AssertionError("sample by sample")
+
+    monkeypatch.setattr(FactorPass, "_sample_by_sample", refuse)
+    compute(case(name), {"everything": Everything()})
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
