@@ -379,8 +379,14 @@ def _instantiate(factors: TokenFactors, begin: int, end: int, out: Tensor) -> No
     batch, classes, _ = out.shape
     rows = end - begin
     if x is not None and g is not None:
-        left = g[..., begin:end].transpose(2, 3).reshape(batch, classes * rows, -1)  # (B, C rows, T)
-        torch.bmm(left, x, out=out.view(batch, classes * rows, -1))
+        # One of the two has to be copied: G in another order, or X once for each output.
+        if x.shape[2] < rows:
+            left = g.reshape(batch * classes, -1, g.shape[3])[..., begin:end].transpose(1, 2)  # (B C, rows, T)
+            right = x[:, None].expand(-1, classes, -1, -1).reshape(batch * classes, -1, x.shape[2])
+            torch.bmm(left, right, out=out.view(batch * classes, rows, -1))
+        else:
+            left = g[..., begin:end].transpose(2, 3).reshape(batch, classes * rows, -1)  # (B, C rows, T)
+            torch.bmm(left, x, out=out.view(batch, classes * rows, -1))
     else:
         out.zero_()
     if ids is not None and e is not None:
