@@ -4,8 +4,10 @@ from turnrow.tasks.arithmetic import ArithmeticTask
 from turnrow.tasks.catalog import CATALOG
 from turnrow.tasks.choice import MultipleChoiceTask
 from turnrow.tasks.classification import ClassificationTask
+from turnrow.tasks.columns import plain_columns
 from turnrow.tasks.extractive_qa import ExtractiveQATask
 from turnrow.tasks.generation import GenerationTask
+from turnrow.tasks.images import need_pillow
 from turnrow.tasks.instruction import InstructionTask
 from turnrow.tasks.label_words import label_word_ids, label_word_logits
 from turnrow.tasks.language_modelling import LanguageModellingTask
@@ -17,7 +19,7 @@ from turnrow.tasks.squad import best_threshold
 from turnrow.tasks.summarization import SummarizationTask
 from turnrow.tasks.tables import read_table, split_files
 from turnrow.tasks.task import Task
-from turnrow.tasks.tokens import ready_to_pad, resolve_max_length
+from turnrow.tasks.tokens import ready_to_pad, resolve_max_length, tokenizer_of
 
 __all__ = [
     "CATALOG",
@@ -39,9 +41,12 @@ __all__ = [
     "label_word_ids",
     "label_word_logits",
     "make_task",
+    "need_pillow",
+    "plain_columns",
     "read_table",
     "ready_to_pad",
     "resolve_max_length",
     "split_files",
     "task_from_dict",
+    "tokenizer_of",
 ]

@@ -10,7 +10,15 @@ from turnrow.errors import UserError, near_matches
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["check_name", "describe_split", "is_name", "require_columns", "text_column", "value_column"]
+__all__ = [
+    "check_name",
+    "describe_split",
+    "is_name",
+    "plain_columns",
+    "require_columns",
+    "text_column",
+    "value_column",
+]
 
 
 def is_name(value: object) -> bool:
@@ -62,3 +70,19 @@ def text_column(data: Dataset, column: str, split: str) -> list[str]:
                 f"got {value!r} ({type(value).__name__})"
             )
     return values
+
+
+def plain_columns(data: Dataset) -> list[str]:
+    """Return the columns whose values JSON can hold: all but images and other bytes."""
+    return [name for name, feature in data.features.items() if _is_plain(feature)]
+
+
+def _is_plain(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return all(map(_is_plain, feature.values()))
+    if isinstance(feature, list):
+        return all(map(_is_plain, feature))
+    inner = getattr(feature, "feature", None)
+    if inner is not None:
+        return _is_plain(inner)
+    return getattr(feature, "dtype", "") not in ("binary", "large_binary") and not hasattr(feature, "decode_example")

@@ -53,6 +53,9 @@ class Task(ABC):
     """The columns of an encoded split that are labels (`TrainingArguments.label_names`)."""
     metric_names: ClassVar[tuple[str, ...]]
     """All that `metrics` may report; the first is the main one, unless the recipe chooses another."""
+    preparer: ClassVar[str] = "AutoTokenizer"
+    """The Auto class of transformers for what makes a model's input of an example: a tokenizer, an image processor
+    (``AutoImageProcessor``) or a processor that holds both (``AutoProcessor``). Wherever a tokenizer is spoken of here, it is that."""
     mean_loss: ClassVar[bool] = False
     """Whether the loss of `auto_model` is the mean over the rows of a batch (and not over all tokens of a step)."""
     error_metrics: ClassVar[frozenset[str]] = frozenset()

@@ -9,7 +9,7 @@ from turnrow.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_MAX_LENGTH", "ready_to_pad", "resolve_max_length", "tokenize"]
+__all__ = ["DEFAULT_MAX_LENGTH", "ready_to_pad", "resolve_max_length", "tokenize", "tokenizer_of"]
 
 DEFAULT_MAX_LENGTH = 512
 """Tokens per example where neither the recipe nor the tokenizer says: what BERT-like encoders can take."""
@@ -64,6 +64,13 @@ def ready_to_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_of(preparer: Any) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that `Task.preparer` loaded, or that its processor holds; None of an image processor."""
+    from transformers import PreTrainedTokenizerBase
+
+    return preparer if isinstance(preparer, PreTrainedTokenizerBase) else getattr(preparer, "tokenizer", None)
 
 
 def tokenize(

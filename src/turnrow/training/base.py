@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.models.auto import image_processing_auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from turnrow.errors import UserError, near_matches
-from turnrow.tasks import Task, ready_to_pad, resolve_max_length
+from turnrow.tasks import Task, need_pillow, ready_to_pad, resolve_max_length, tokenizer_of
 from turnrow.training.loss import use_loss_of
 from turnrow.training.quantization import (
     make_quantization,
@@ -56,7 +57,8 @@ class Base:
     """A loaded base model."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
+    """What `Task.preparer` names: a tokenizer, an image processor, or a processor of both."""
     new_modules: tuple[str, ...]
     """Modules that the pretrained weights did not hold, such as a new classifier."""
 
@@ -89,10 +91,25 @@ def resolve_model(name: str) -> str:
     return str(folders[0])
 
 
-def load_tokenizer(location: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or of a hub id, with a padding token."""
+def load_tokenizer(location: str, preparer: str = "AutoTokenizer") -> Any:
+    """The tokenizer, or processor, in a folder or of a hub id; a tokenizer has a padding token.
+
+    Args:
+        location: the folder or hub id.
+        preparer: as in `Task.preparer`.
+    """
+    if preparer == "AutoTokenizer":
+        with plain_errors(location), without_load_report():
+            return ready_to_pad(AutoTokenizer.from_pretrained(location))
+    need_pillow()
+    # transformers gives out the one for images at its top only where torchvision is installed, but has its own code
+    # for where it is not.
+    home = image_processing_auto if preparer == "AutoImageProcessor" else transformers
     with plain_errors(location), without_load_report():
-        return ready_to_pad(AutoTokenizer.from_pretrained(location))
+        loaded = getattr(home, preparer).from_pretrained(location)
+    if (tokenizer := tokenizer_of(loaded)) is not None:
+        ready_to_pad(tokenizer)
+    return loaded
 
 
 def load_base(
@@ -119,7 +136,7 @@ def load_base(
             in the memory of the host while the model runs on a GPU, where no gradient reaches them.
     """
     location = resolve_model(name)
-    tokenizer = load_tokenizer(location)
+    tokenizer = load_tokenizer(location, task.preparer)
     config = make_quantization(quantization, getattr(torch, dtype))
     changes = checked_config(name, location, model_config or {})
     settings = {"dtype": dtype, "device_map": device_map, **task.model_kwargs(), **changes}
@@ -131,8 +148,9 @@ def load_base(
             model, new_modules = load_model(name, location, task.auto_model, quantization=spared, **settings)
         prepare_quantized(model)
     _refuse_offloaded(model, device_map)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    text = tokenizer_of(tokenizer)
+    if text is not None and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = text.pad_token_id
     for module_name in heads:
         keep_float32(model.get_submodule(module_name))
     use_loss_of(task, model)
@@ -205,14 +223,21 @@ def _refuse_offloaded(model: PreTrainedModel, device_map: Any) -> None:
         )
 
 
-def input_limit(max_length: int | None, base: Base) -> int:
-    """The longest input in tokens: what the recipe says, else what the tokenizer and the model's positions allow.
+def input_limit(max_length: int | None, base: Base) -> int | None:
+    """The longest input in tokens: what the recipe says, else what the tokenizer and the model's positions allow; None of images.
 
     Raises:
-        UserError: `max_length` exceeds the positions that the model has.
+        UserError: `max_length` exceeds the positions that the model has, or there are no tokens to be counted.
     """
+    tokenizer = tokenizer_of(base.tokenizer)
+    if tokenizer is None:
+        if max_length is not None:
+            raise UserError(
+                f"max_length is {max_length}, but the task reads images alone, which have no tokens; leave it out"
+            )
+        return None
     positions = position_limit(base.model)
-    limit = resolve_max_length(base.tokenizer, max_length)
+    limit = resolve_max_length(tokenizer, max_length)
     if positions is None or limit <= positions:
         return limit
     if max_length is not None:

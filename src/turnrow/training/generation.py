@@ -11,6 +11,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from turnrow.tasks import tokenizer_of
+
 __all__ = ["generate_batch", "texts"]
 
 _PADDING = -100
@@ -29,7 +31,7 @@ def generate_batch(trainer: Trainer, model: Any, inputs: Mapping[str, Any], opti
     Returns:
         The new tokens, of shape (rows, longest answer), on the device of the model.
     """
-    tokenizer: Any = trainer.processing_class
+    tokenizer: Any = tokenizer_of(trainer.processing_class)
     batch = {name: value for name, value in inputs.items() if name != "labels"}
     ready = trainer._prepare_inputs(batch)
     inner = trainer.accelerator.unwrap_model(model)
@@ -43,8 +45,9 @@ def generate_batch(trainer: Trainer, model: Any, inputs: Mapping[str, Any], opti
     return written.contiguous()
 
 
-def texts(written: Any, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def texts(written: Any, preparer: Any) -> np.ndarray:
     """The texts of tokens as Trainer gathered them, of shape (rows,), without special tokens and outer blanks."""
+    tokenizer: Any = tokenizer_of(preparer)
     ids = np.where(written == _PADDING, tokenizer.pad_token_id, written)
     decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return np.array([text.strip() for text in decoded], dtype=object)

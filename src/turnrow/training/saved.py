@@ -17,11 +17,11 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from turnrow.adapters import load_adapter, write_manifest
 from turnrow.errors import UserError
-from turnrow.tasks import Task, read_table, task_from_dict
+from turnrow.tasks import Task, plain_columns, read_table, task_from_dict
 from turnrow.training.base import load_base, load_tokenizer
 from turnrow.training.folder import new_folder, write_json, write_lines
 from turnrow.training.loss import use_loss_of
@@ -50,10 +50,11 @@ class SavedModel:
     """A trained model, loaded."""
 
     model: PreTrainedModel | PeftModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
+    """What `Task.preparer` names: a tokenizer, an image processor, or a processor of both."""
     task: Task
-    max_length: int
-    """Longest input in tokens."""
+    max_length: int | None
+    """Longest input in tokens; None of images."""
     evaluation: dict[str, Any]
     """Training arguments on which the numbers of an evaluation depend, such as the batch size."""
 
@@ -131,7 +132,7 @@ def load_saved(path: str | Path, model: str | None = None) -> SavedModel:
         with without_load_report():
             adapted = getattr(transformers, task.auto_model).from_pretrained(folder, dtype=torch.float32)
         use_loss_of(task, adapted)
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder), task.preparer)
     return SavedModel(adapted.eval(), tokenizer, task, described["max_length"], described["evaluation"])
 
 
@@ -196,10 +197,12 @@ def predict(
 
 
 def prediction_rows(task: Task, table: Dataset, encoded: Dataset, predictions: np.ndarray) -> list[dict[str, Any]]:
-    """Each example's columns of the task, followed by what the task makes of its prediction."""
-    columns = [name for name in task.columns() if name in table.column_names]
+    """Each example's columns of the task, but for bytes, followed by what the task makes of its prediction."""
+    columns = [name for name in task.columns() if name in plain_columns(table)]
     decoded = task.decode(predictions, encoded)
-    return [{**row, **result} for row, result in zip(table.select_columns(columns), decoded, strict=True)]
+    # A table without columns has no rows.
+    rows = table.select_columns(columns) if columns else [{}] * len(table)
+    return [{**row, **result} for row, result in zip(rows, decoded, strict=True)]
 
 
 def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

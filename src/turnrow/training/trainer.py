@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput
 
@@ -97,7 +97,7 @@ class GuardedTrainer(Trainer):
 def make_trainer(
     task: Task,
     model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     args: TrainingArguments,
     *,
     train: Dataset | None = None,
@@ -110,7 +110,7 @@ def make_trainer(
     Args:
         task: what is learned and how it is scored.
         model: the adapted model.
-        tokenizer: pads the batches.
+        tokenizer: as of `Base`; makes the batches.
         args: of the training, or of an evaluation alone.
         train: the encoded training split.
         validation: the encoded validation split.
@@ -199,7 +199,7 @@ def evaluation_arguments(args: TrainingArguments) -> dict[str, Any]:
 def predict_split(
     task: Task,
     model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     encoded: Dataset,
     evaluation: Mapping[str, Any],
     *,
@@ -214,7 +214,7 @@ def predict_split(
     Args:
         task: gives the collator.
         model: the adapted model.
-        tokenizer: pads the batches.
+        tokenizer: as of `Base`; makes the batches.
         encoded: as `Task.encode` returns it.
         evaluation: as `evaluation_arguments` returns it.
         split: which split it is; of one that the model answers, the predictions are texts.

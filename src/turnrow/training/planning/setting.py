@@ -185,6 +185,8 @@ def _sequence(given: int | None, recipe: Recipe, skeleton: Skeleton) -> tuple[in
     location = resolve_model(recipe.model)
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     if cached_file(location, "tokenizer_config.json", **quiet):
-        return input_limit(None, Base(skeleton.model, load_tokenizer(location), ())), []
+        limit = input_limit(None, Base(skeleton.model, load_tokenizer(location), ()))
+        assert limit is not None  # which it is of images alone
+        return limit, []
     tokens = positions or _DEFAULT_SEQUENCE
     return tokens, [f"{tokens:,} tokens a row, what the model allows: there is no tokenizer that says less"]

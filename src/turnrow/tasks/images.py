@@ -1,0 +1,111 @@
+"""Images as data sets hold them: paths, the bytes of files, or images in memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turnrow.errors import UserError
+from turnrow.tasks.columns import describe_split
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL.Image import Image
+
+__all__ = ["image_files", "need_pillow", "open_image"]
+
+
+def need_pillow() -> None:
+    """Refuse to go on without Pillow, naming the extra that brings it."""
+    if importlib.util.find_spec("PIL") is None:
+        raise UserError("images are read by Pillow, which is not installed; pip install 'turnrow[vision]'")
+
+
+def image_files(data: Dataset, column: str, split: str, folder: str | None, *, optional: bool = False) -> Dataset:
+    """Return the column alone, each image as ``{"path": ..., "bytes": ...}``, not decoded, after a look at its header.
+
+    Args:
+        data: the split. A cell holds a path, the bytes of a file, both in the form of the hub, or an image of Pillow.
+        column: its column.
+        split: named in errors.
+        folder: where relative paths begin; None: the current folder, and the folder of the data file for what is not there.
+        optional: whether a row may have no image; its cell is then null.
+
+    Raises:
+        UserError: an image is missing or cannot be read (with the row), or the column holds something else.
+    """
+    import pyarrow
+    from datasets import Dataset as Table
+    from datasets import Features, Value
+    from datasets import Image as ImageFeature
+
+    need_pillow()
+    held = data.with_format(None).select_columns([column])
+    undecoded = ImageFeature(decode=False)
+    if isinstance(held.features[column], Value) and held.features[column].dtype in ("string", "large_string"):
+        roots = _roots(data, folder)
+        cells = [None if path is None else {"path": _resolved(path, roots), "bytes": None} for path in held[column]]
+        held = Table.from_dict({column: cells}, features=Features({column: undecoded}))
+    else:
+        try:
+            held = held.cast_column(column, undecoded)
+        except (TypeError, ValueError, pyarrow.ArrowException):
+            raise UserError(
+                f"{describe_split(data, split)}: column {column!r} must hold images (paths, bytes, or images of Pillow), and "
+                f"holds {held.features[column]}"
+            ) from None
+    for row, cell in enumerate(held[column], start=1):
+        place = f"{describe_split(data, split)}, row {row}"
+        if cell is None or (cell["bytes"] is None and not cell["path"]):
+            if not optional:
+                raise UserError(f"{place}: column {column!r} has no image (missing or null)")
+            continue
+        try:
+            _opened(cell).close()
+        except OSError as error:
+            raise UserError(f"{place}: the image {_name(cell)} cannot be read: {_reason(error)}") from error
+    return held
+
+
+def open_image(cell: Mapping[str, Any]) -> Image:
+    """Read an image of `image_files`, in RGB.
+
+    Raises:
+        UserError: its file is damaged or has gone.
+    """
+    try:
+        with _opened(cell) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise UserError(f"the image {_name(cell)} cannot be read: {_reason(error)}") from error
+
+
+def _opened(cell: Mapping[str, Any]) -> Image:
+    from PIL import Image
+
+    return Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+
+
+def _roots(data: Dataset, folder: str | None) -> list[Path]:
+    if folder is not None:
+        return [Path(folder).expanduser()]
+    source = Path(data.info.dataset_name or "")
+    return [Path(), source.parent] if source.is_file() else [Path()]
+
+
+def _resolved(path: str, roots: list[Path]) -> str:
+    places = [root / path for root in roots]
+    return str(next((place for place in places if place.exists()), places[0])) if path else ""
+
+
+def _name(cell: Mapping[str, Any]) -> str:
+    return repr(cell["path"]) if cell["path"] else f"of {len(cell['bytes'] or b''):,} bytes"
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file; relative paths begin in option 'folder', the current folder or that of the data file"
+    return str(error).partition("\n")[0]
