@@ -7,6 +7,7 @@ from turnrow.tasks.classification import ClassificationTask
 from turnrow.tasks.columns import plain_columns
 from turnrow.tasks.extractive_qa import ExtractiveQATask
 from turnrow.tasks.generation import GenerationTask
+from turnrow.tasks.image_classification import ImageClassificationTask
 from turnrow.tasks.images import need_pillow
 from turnrow.tasks.instruction import InstructionTask
 from turnrow.tasks.label_words import label_word_ids, label_word_logits
@@ -29,6 +30,7 @@ __all__ = [
     "ClassificationTask",
     "ExtractiveQATask",
     "GenerationTask",
+    "ImageClassificationTask",
     "InstructionTask",
     "LanguageModellingTask",
     "MultipleChoiceTask",

@@ -11,6 +11,7 @@ from turnrow.tasks.catalog import CATALOG
 from turnrow.tasks.choice import MultipleChoiceTask
 from turnrow.tasks.classification import ClassificationTask
 from turnrow.tasks.extractive_qa import ExtractiveQATask
+from turnrow.tasks.image_classification import ImageClassificationTask
 from turnrow.tasks.instruction import InstructionTask
 from turnrow.tasks.language_modelling import LanguageModellingTask
 from turnrow.tasks.prompted import PromptTask
@@ -32,6 +33,7 @@ TASKS: dict[str, type[Task]] = {
         SummarizationTask,
         InstructionTask,
         LanguageModellingTask,
+        ImageClassificationTask,
     )
 }
 """The class of each kind of task by the name that recipes use."""
