@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["GenerationTask", "refuse_empty"]
+__all__ = ["GenerationTask", "checked_generation", "refuse_empty", "room_for_prompt"]
 
 # Those of transformers' GenerationConfig that would change what the run hands back, or that the tokenizer decides.
 _RESERVED = (
@@ -70,7 +70,7 @@ class GenerationTask(Task):
             raise UserError(
                 f"option 'system' is a text that a conversation begins with (chat: true), got {self.system!r}"
             )
-        self.generation = {"max_new_tokens": self.default_new_tokens, **_checked_generation(self.generation)}
+        self.generation = {"max_new_tokens": self.default_new_tokens, **checked_generation(self.generation)}
         templates = self._templates()
         answers = {*self._target().columns, *self.gold_columns()}
         for template in templates:
@@ -132,7 +132,7 @@ class GenerationTask(Task):
         prompter = self._prompter(tokenizer, learned=not answered)
         limit = resolve_max_length(tokenizer, max_length)
         if answered and prompter.decoder:
-            limit = self._room_for_prompt(limit)
+            limit = room_for_prompt(limit, self.generation)
 
         def encode_row(row: dict[str, Any], number: int) -> dict[str, Any]:
             place = f"{describe_split(data, split)}, row {number + 1}"
@@ -191,17 +191,20 @@ class GenerationTask(Task):
     def _target(self) -> Template:
         return Template(self.target, "target")
 
-    def _room_for_prompt(self, limit: int) -> int:
-        answer = self.generation["max_new_tokens"]
-        if limit <= answer:
-            raise UserError(
-                f"max_length is {limit}, and the answer may take generation.max_new_tokens = {answer} of them, which leaves "
-                "nothing for the prompt; raise max_length or lower max_new_tokens"
-            )
-        return limit - int(answer)
+
+def room_for_prompt(limit: int, generation: Mapping[str, Any]) -> int:
+    """Return how many of `limit` tokens the longest answer leaves to a prompt, or refuse to leave none."""
+    answer = generation["max_new_tokens"]
+    if limit <= answer:
+        raise UserError(
+            f"max_length is {limit}, and the answer may take generation.max_new_tokens = {answer} of them, which leaves "
+            "nothing for the prompt; raise max_length or lower max_new_tokens"
+        )
+    return limit - int(answer)
 
 
-def _checked_generation(options: object) -> dict[str, Any]:
+def checked_generation(options: object) -> dict[str, Any]:
+    """Return the option `generation`, after a look whether transformers' GenerationConfig takes it (UserError)."""
     from transformers import GenerationConfig
 
     if not isinstance(options, Mapping):

@@ -12,7 +12,7 @@ import numpy as np
 from turnrow.errors import UserError
 from turnrow.tasks.columns import describe_split, is_name, require_columns
 from turnrow.tasks.conversations import answered_conversation, asked_conversation, read_turns
-from turnrow.tasks.generation import GenerationTask
+from turnrow.tasks.generation import GenerationTask, room_for_prompt
 from turnrow.tasks.likelihood import finite_losses, perplexity, token_losses
 from turnrow.tasks.packing import PackedCollator, pack_rows
 from turnrow.tasks.padding import IGNORED, LanguageCollator
@@ -155,7 +155,7 @@ class InstructionTask(GenerationTask):
         check_chat(tokenizer, f"column {column!r} holds conversations")
         limit = resolve_max_length(tokenizer, max_length)
         if split == "predict":
-            limit = self._room_for_prompt(limit)
+            limit = room_for_prompt(limit, self.generation)
 
         def encode_row(row: dict[str, Any], number: int) -> dict[str, Any]:
             place = f"{describe_split(data, split)}, row {number + 1}"
