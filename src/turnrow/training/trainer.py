@@ -71,11 +71,18 @@ class GuardedTrainer(Trainer):
         return loss
 
     def prediction_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
         """As in Trainer; where the model answers, its tokens stand for the logits, and labels that say nothing for labels."""
         if self._generation is None:
-            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+            # Not every config of transformers says that the cache is no output to be gathered.
+            config = getattr(self.model, "config", None)
+            ignored = ignore_keys or getattr(config, "keys_to_ignore_at_inference", [])
+            return super().prediction_step(model, inputs, prediction_loss_only, [*ignored, "past_key_values"])
         written = generate_batch(self, model, inputs, self._generation)
         return None, written, torch.zeros(len(written), device=written.device)
 
