@@ -191,6 +191,8 @@ def test_words_and_classes_must_match() -> None:
         match="holds the classes '0', '1', and 'label_words' has words for '0', '2'; give words for '1' too; leave out '2'",
     ):
         fitted(label_words={0: "bad", 2: "good"})
+    with pytest.raises(UserError, match="has words for '0', '1', '2'; leave out '2'"):
+        fitted(label_words={0: "bad", 1: "good", 2: "great"})
 
 
 def test_one_class_alone_is_refused() -> None:

@@ -21,6 +21,7 @@ from turnrow.tasks.summarization import SummarizationTask
 from turnrow.tasks.tables import read_table, split_files
 from turnrow.tasks.task import Task
 from turnrow.tasks.tokens import ready_to_pad, resolve_max_length, tokenizer_of
+from turnrow.tasks.visual_instruction import VisualInstructionTask
 
 __all__ = [
     "CATALOG",
@@ -38,6 +39,7 @@ __all__ = [
     "RegressionTask",
     "SummarizationTask",
     "Task",
+    "VisualInstructionTask",
     "best_threshold",
     "draw_few_shot",
     "label_word_ids",

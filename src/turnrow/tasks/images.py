@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
-__all__ = ["image_files", "need_pillow", "open_image"]
+__all__ = ["has_image", "image_files", "need_pillow", "open_image"]
 
 
 def need_pillow() -> None:
@@ -57,9 +57,9 @@ def image_files(data: Dataset, column: str, split: str, folder: str | None, *, o
                 f"{describe_split(data, split)}: column {column!r} must hold images (paths, bytes, or images of Pillow), and "
                 f"holds {held.features[column]}"
             ) from None
-    for row, cell in enumerate(held[column], start=1):
-        place = f"{describe_split(data, split)}, row {row}"
-        if cell is None or (cell["bytes"] is None and not cell["path"]):
+    for row, cells in enumerate(held, start=1):
+        cell, place = cells[column], f"{describe_split(data, split)}, row {row}"
+        if not has_image(cell):
             if not optional:
                 raise UserError(f"{place}: column {column!r} has no image (missing or null)")
             continue
@@ -68,6 +68,11 @@ def image_files(data: Dataset, column: str, split: str, folder: str | None, *, o
         except OSError as error:
             raise UserError(f"{place}: the image {_name(cell)} cannot be read: {_reason(error)}") from error
     return held
+
+
+def has_image(cell: Mapping[str, Any] | None) -> bool:
+    """Whether a cell of `image_files` is not empty."""
+    return cell is not None and (cell["bytes"] is not None or bool(cell["path"]))
 
 
 def open_image(cell: Mapping[str, Any]) -> Image:

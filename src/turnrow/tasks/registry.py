@@ -18,6 +18,7 @@ from turnrow.tasks.prompted import PromptTask
 from turnrow.tasks.regression import RegressionTask
 from turnrow.tasks.summarization import SummarizationTask
 from turnrow.tasks.task import Task
+from turnrow.tasks.visual_instruction import VisualInstructionTask
 
 __all__ = ["TASKS", "make_task", "task_from_dict"]
 
@@ -34,6 +35,7 @@ TASKS: dict[str, type[Task]] = {
         InstructionTask,
         LanguageModellingTask,
         ImageClassificationTask,
+        VisualInstructionTask,
     )
 }
 """The class of each kind of task by the name that recipes use."""
