@@ -181,3 +181,9 @@ def test_a_recipe_file_and_the_command_line_can_ask_for_few_shot(
     recipe = Recipe.from_yaml(file, ["--data.few_shot.k", "4"])
     assert recipe.data.few_shot == {"k": 4, "seed": 42, "validation": True}
     assert recipe.task["label_words"] == {0: "No", 1: "Yes"}
+
+
+def test_few_rows_can_be_asked_of_a_data_set_by_name(make_recipe: MakeRecipe) -> None:
+    data = make_recipe(task={"name": "sst2-prompt"}, data={"few_shot": {"k": 16, "seed": 13, "validation": True}}).data
+    assert data.splits == {"train": "nyu-mll/glue:sst2:train", "test": "nyu-mll/glue:sst2:validation"}
+    assert data.validates

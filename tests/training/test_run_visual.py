@@ -122,3 +122,8 @@ def test_a_row_longer_than_the_model_is_refused_before_training(
         UserError, match="row 1: the conversation takes 36 tokens with its image, of which max_length keeps 20"
     ):
         train(make_recipe(model=tiny_llava, task=TASK, data=talks, max_length=20))
+
+
+def test_a_set_without_splits_on_the_hub_says_so(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(UserError, match=r"data.train is missing; .*\(of llava_instruct the hub has none\)"):
+        make_recipe(task={"name": "llava_instruct"}, data={})

@@ -32,8 +32,8 @@ class Entry:
     """Our name of each column of the hub whose name differs."""
     reads: tuple[str, ...] = ()
     """The hub's columns that `convert` reads: rows that have them all are in the hub's form."""
-    convert: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-    """A row in our form from a row of the hub, where it takes more than other names."""
+    convert: Callable[[dict[str, Any]], dict[str, Any] | None] | None = None
+    """A row in our form from a row of the hub, where it takes more than other names; None of a row to be left out."""
     source: str
     """Who published it, to be cited."""
     notes: str = ""
@@ -46,7 +46,8 @@ class Entry:
             from datasets import Dataset as Table
 
             # Not by `map`, which would turn "false" back into a truth value where the hub's column of that name held those.
-            converted = Table.from_list([self.convert(row) for row in data.with_format(None)])
+            rows = (self.convert(row) for row in data.with_format(None))
+            converted = Table.from_list([row for row in rows if row is not None])
             converted.info.dataset_name = data.info.dataset_name
             return converted
         renamed = {theirs: ours for theirs, ours in self.columns.items() if theirs in held}
