@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import image_processing_auto
 from transformers.utils import cached_file
 
 from turnrow.adapters.adapter_file import AdapterFile
@@ -90,7 +91,11 @@ def load_processor(source: str) -> Any | None:
     # asked first, because for a model without tokenizer files transformers makes up one with an empty vocabulary
     if not any(cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in _PROCESSOR_FILES):
         return None
-    return transformers.AutoProcessor.from_pretrained(source)
+    try:
+        return transformers.AutoProcessor.from_pretrained(source)
+    except ImportError:
+        # transformers 5.6 asks for torchvision here, without which its image processors do as well.
+        return image_processing_auto.AutoImageProcessor.from_pretrained(source)
 
 
 def _base_config(adapter: AdapterFile, base: str) -> PretrainedConfig:
@@ -132,6 +137,8 @@ def _labels(adapter: AdapterFile) -> dict[str, Any]:
 
 def _model_class(adapter: AdapterFile, config: PretrainedConfig) -> Any:
     task = adapter.config.get("task_type")
+    if task == "CAUSAL_LM" and _reads_images(config):
+        return transformers.AutoModelForImageTextToText
     if task in _CLASS_OF_TASK:
         return getattr(transformers, _CLASS_OF_TASK[task])
     mapping = adapter.config.get("auto_mapping") or {}
@@ -144,4 +151,12 @@ def _model_class(adapter: AdapterFile, config: PretrainedConfig) -> Any:
     raise UserError(
         f"{adapter.path} says no task_type, and the base names no model class of transformers (found {names}): "
         f"set task_type in its adapter_config.json to one of {', '.join(_CLASS_OF_TASK)}"
+    )
+
+
+def _reads_images(config: PretrainedConfig) -> bool:
+    """Whether it is a model of images and texts, which is a causal language model to peft and not to transformers."""
+    return (
+        type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     )
