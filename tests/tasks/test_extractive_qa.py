@@ -15,6 +15,7 @@ from turnrow.errors import UserError
 from turnrow.tasks import ExtractiveQATask, make_task, read_table, task_from_dict
 from turnrow.tasks.squad import best_over, exact_match
 
+from .prompting import bpe_tokenizer
 from .reading import CONTEXT, QUESTION, answer, perfect, rows
 
 NONE: dict[str, list[Any]] = {"text": [], "answer_start": []}
@@ -107,6 +108,20 @@ def test_letters_outside_ascii_come_back_as_they_were(tiny_tokenizer: Any, tiny_
             (row,) = task.decode(perfect(encoded), encoded)
             assert row["prediction"] == text
             assert context[row["start"] :].startswith(text)
+
+
+def test_the_blank_that_a_token_begins_with_is_no_part_of_an_answer() -> None:
+    from tokenizers import processors
+
+    tokenizer = bpe_tokenizer()
+    assert tokenizer.tokenize("the red house") == ["the", "Ġred", "Ġhouse"]
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    assert tokenizer("the red", return_offsets_mapping=True)["offset_mapping"][1] == (3, 7)
+    data = rows(answer("red house"))
+    task = fitted(data)
+    encoded = task.encode(data, tokenizer, 60, split="test")
+    (row,) = task.decode(perfect(encoded), encoded)
+    assert (row["prediction"], row["start"]) == ("red house", CONTEXT.index("red house"))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

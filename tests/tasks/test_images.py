@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,15 @@ from datasets import Dataset
 
 from turnrow.errors import UserError
 from turnrow.tasks import need_pillow, plain_columns, read_table
-from turnrow.tasks.images import image_files, open_image
+from turnrow.tasks.images import FILES, image_files, open_image
 
 from .pictures import picture, png, write_png
 
 
 def opened(data: Dataset, folder: str | None = None) -> list[tuple[int, int, int]]:
     files = image_files(data, "image", "test", folder)
-    assert files.column_names == ["image"]
-    images = [open_image(cell) for cell in files["image"]]
+    assert files.column_names == [FILES]
+    images = [open_image(cell) for cell in files[FILES]]
     assert {image.mode for image in images} == {"RGB"}
     return [image.getpixel((0, 0)) for image in images]  # type: ignore[misc]
 
@@ -40,13 +41,31 @@ def test_an_image_is_read_in_whatever_form_it_comes(tmp_path: Path, form: str) -
 def test_images_of_other_modes_become_rgb(mode: str) -> None:
     data = Dataset.from_list([{"image": picture("blue", mode=mode)}]) if mode != "CMYK" else None
     if data is None:
-        import io
-
         held = io.BytesIO()
         picture("blue", mode=mode).save(held, "JPEG")
         data = Dataset.from_list([{"image": held.getvalue()}])
     (pixel,) = opened(data)
     assert len(pixel) == 3
+
+
+def test_a_photograph_is_turned_as_its_camera_was() -> None:
+    held = io.BytesIO()
+    image = picture("red", size=(12, 9))
+    exif = image.getexif()
+    exif[0x0112] = 6  # orientation: the top of the picture is at its right
+    image.save(held, "JPEG", exif=exif)
+    assert open_image({"bytes": held.getvalue(), "path": None}).size == (9, 12)
+
+
+def test_a_palette_with_transparent_colours_is_read() -> None:
+    held = io.BytesIO()
+    picture("blue", mode="P").save(held, "PNG", transparency=b"\x00\x7f\xff")
+    assert open_image({"bytes": held.getvalue(), "path": None}).getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_a_column_may_have_the_name_of_what_comes_of_it() -> None:
+    data = Dataset.from_list([{FILES: png("red")}])
+    assert open_image(image_files(data, FILES, "test", None)[FILES][0]).size == (12, 9)
 
 
 def test_relative_paths_begin_in_the_folder_that_is_named(tmp_path: Path) -> None:
@@ -96,7 +115,7 @@ def test_a_damaged_file_is_named_when_it_is_read(tmp_path: Path) -> None:
     path.write_bytes(png("red", size=(300, 300))[:-60])
     files = image_files(Dataset.from_list([{"image": str(path)}]), "image", "test", None)
     with pytest.raises(UserError, match=r"the image '.*cut.png' cannot be read: "):
-        open_image(files["image"][0])
+        open_image(files[FILES][0])
 
 
 def test_a_column_of_something_else_is_refused() -> None:
@@ -109,8 +128,8 @@ def test_a_missing_image_may_be_allowed(tmp_path: Path) -> None:
         files = image_files(
             Dataset.from_list([{"image": cell} for cell in cells]), "image", "test", None, optional=True
         )
-        assert files["image"][0] is None
-        assert open_image(files["image"][1]).size == (12, 9)
+        assert files[FILES][0] is None
+        assert open_image(files[FILES][1]).size == (12, 9)
 
 
 def test_images_are_left_out_of_what_json_holds() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto import image_processing_auto
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file
 
 from turnrow.adapters.adapter_file import AdapterFile
@@ -95,7 +95,7 @@ def load_processor(source: str) -> Any | None:
         return transformers.AutoProcessor.from_pretrained(source)
     except ImportError:
         # transformers 5.6 asks for torchvision here, without which its image processors do as well.
-        return image_processing_auto.AutoImageProcessor.from_pretrained(source)
+        return AutoImageProcessor.from_pretrained(source)
 
 
 def _base_config(adapter: AdapterFile, base: str) -> PretrainedConfig:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from turnrow.errors import UserError
 from turnrow.tasks.classes import ClassTask
 from turnrow.tasks.columns import check_name, require_columns
-from turnrow.tasks.images import image_files, open_image
+from turnrow.tasks.images import FILES, image_files, open_image
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,7 +58,7 @@ class ImageClassificationTask(ClassTask):
         """Return the images' files as `pixel_values`, which the collator reads, and the labels; see `Task.encode`."""
         labelled = split != "predict"
         require_columns(data, self.columns() if labelled else self.input_columns(), split)
-        encoded = image_files(data, self.image, split, self.folder).rename_columns({self.image: "pixel_values"})
+        encoded = image_files(data, self.image, split, self.folder)
         if labelled:
             encoded = encoded.add_column("labels", self._encode_labels(data, split))
         encoded.info.dataset_name = data.info.dataset_name
@@ -70,7 +70,7 @@ class ImageClassificationTask(ClassTask):
         def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
             import torch
 
-            images = [open_image(row["pixel_values"]) for row in rows]
+            images = [open_image(row[FILES]) for row in rows]
             batch = dict(tokenizer(images=images, return_tensors="pt"))
             if "labels" in rows[0]:
                 batch["labels"] = torch.tensor([row["labels"] for row in rows], dtype=torch.long)

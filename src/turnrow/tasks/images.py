@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image
 
-__all__ = ["has_image", "image_files", "need_pillow", "open_image"]
+__all__ = ["FILES", "has_image", "image_files", "need_pillow", "open_image"]
+
+FILES = "pixel_values"
+"""The column of the files. Called as what the model reads and the collator makes of them, or Trainer would leave it out."""
 
 
 def need_pillow() -> None:
@@ -25,7 +28,7 @@ def need_pillow() -> None:
 
 
 def image_files(data: Dataset, column: str, split: str, folder: str | None, *, optional: bool = False) -> Dataset:
-    """Return the column alone, each image as ``{"path": ..., "bytes": ...}``, not decoded, after a look at its header.
+    """Return `FILES` alone, each image as ``{"path": ..., "bytes": ...}``, not decoded, after a look at its header.
 
     Args:
         data: the split. A cell holds a path, the bytes of a file, both in the form of the hub, or an image of Pillow.
@@ -67,7 +70,7 @@ def image_files(data: Dataset, column: str, split: str, folder: str | None, *, o
             _opened(cell).close()
         except OSError as error:
             raise UserError(f"{place}: the image {_name(cell)} cannot be read: {_reason(error)}") from error
-    return held
+    return held if column == FILES else held.rename_column(column, FILES)
 
 
 def has_image(cell: Mapping[str, Any] | None) -> bool:
@@ -76,14 +79,18 @@ def has_image(cell: Mapping[str, Any] | None) -> bool:
 
 
 def open_image(cell: Mapping[str, Any]) -> Image:
-    """Read an image of `image_files`, in RGB.
+    """Read an image of `image_files`, upright and in RGB.
 
     Raises:
         UserError: its file is damaged or has gone.
     """
+    from PIL import ImageOps
+
     try:
         with _opened(cell) as image:
-            return image.convert("RGB")
+            # What a camera noted of its own position; and Pillow warns of palettes whose colours are partly transparent.
+            upright = ImageOps.exif_transpose(image)
+            return (upright.convert("RGBA") if "transparency" in upright.info else upright).convert("RGB")
     except OSError as error:
         raise UserError(f"the image {_name(cell)} cannot be read: {_reason(error)}") from error
 

@@ -11,7 +11,7 @@ import numpy as np
 from turnrow.errors import UserError
 from turnrow.tasks.columns import check_name, describe_split, require_columns
 from turnrow.tasks.generation import checked_generation, room_for_prompt
-from turnrow.tasks.images import has_image, image_files, open_image
+from turnrow.tasks.images import FILES, has_image, image_files, open_image
 from turnrow.tasks.likelihood import finite_losses, perplexity, token_losses
 from turnrow.tasks.padding import IGNORED, pad_rows
 from turnrow.tasks.squad import exact_match, token_f1
@@ -133,7 +133,7 @@ class VisualInstructionTask(Task):
         turns = data.with_format(None).select_columns([self.conversations])
         for number, (held, row) in enumerate(zip(files, turns, strict=True), start=1):
             place = f"{describe_split(data, split)}, row {number}"
-            image = open_image(held[self.image]) if has_image(held[self.image]) else None
+            image = open_image(held[FILES]) if has_image(held[FILES]) else None
             conversation = read_conversation(row[self.conversations], image is not None, self.conversations, place)
             if answered:
                 ids = prompter.asked(conversation, image, limit, place)
@@ -145,7 +145,7 @@ class VisualInstructionTask(Task):
             rows["attention_mask"].append([1] * len(ids))
         many = Sequence(Value("int32"))
         texts = Table.from_dict(rows, Features({name: Value("string") if name == "gold" else many for name in rows}))
-        encoded = concatenate_datasets([texts, files.rename_columns({self.image: "pixel_values"})], axis=1)
+        encoded = concatenate_datasets([texts, files], axis=1)
         encoded.info.dataset_name = data.info.dataset_name
         return encoded
 
@@ -159,7 +159,7 @@ class VisualInstructionTask(Task):
 
         def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
             batch: dict[str, Any] = pad_rows(rows, fill, at_end="labels" in rows[0])
-            images = [open_image(row["pixel_values"]) for row in rows if has_image(row["pixel_values"])]
+            images = [open_image(row[FILES]) for row in rows if has_image(row[FILES])]
             if images:
                 batch |= dict(tokenizer.image_processor(images=images, return_tensors="pt"))
             return batch

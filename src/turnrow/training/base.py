@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
-from transformers.models.auto import image_processing_auto
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from turnrow.errors import UserError, near_matches
@@ -102,11 +102,10 @@ def load_tokenizer(location: str, preparer: str = "AutoTokenizer") -> Any:
         with plain_errors(location), without_load_report():
             return ready_to_pad(AutoTokenizer.from_pretrained(location))
     need_pillow()
-    # transformers gives out the one for images at its top only where torchvision is installed, but has its own code
-    # for where it is not.
-    home = image_processing_auto if preparer == "AutoImageProcessor" else transformers
+    # Not by way of transformers itself, whose 5.6 asks for torchvision there, without which its image processors do as well.
+    auto = AutoImageProcessor if preparer == "AutoImageProcessor" else getattr(transformers, preparer)
     with plain_errors(location), without_load_report():
-        loaded = getattr(home, preparer).from_pretrained(location)
+        loaded = auto.from_pretrained(location)
     if (tokenizer := tokenizer_of(loaded)) is not None:
         ready_to_pad(tokenizer)
     return loaded
