@@ -113,12 +113,26 @@ def test_nothing_is_asked_sample_by_sample_where_factors_do(name: str, monkeypat
     compute(case(name), {"everything": Everything()})
 
 
+@pytest.mark.parametrize("how", CONTRACTIONS)
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_tied_weights_have_a_cross_term(name: str) -> None:
+def test_tied_weights_have_a_cross_term(name: str, how: str) -> None:
     made = case(name)
     table = next(n for n, p in made.model.named_parameters() if p is made.model.get_input_embeddings().weight)
-    kernels = compute(made, {"table": Everything(parameters=[table])})
+    kernels = compute(made, {"table": Everything(parameters=[table])}, contraction=how)
     assert_equal(kernels["table"], [all_jacobians(name)[table]])
+
+
+@pytest.mark.parametrize("how", CONTRACTIONS)
+def test_the_padding_of_an_embedding_is_never_trained(how: str) -> None:
+    made = case("roberta")
+    padded = [
+        {"input_ids": torch.tensor([[4, 0, 5], [6, 7, 0]]), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
+    ]
+    name = "roberta.embeddings.word_embeddings.weight"
+    kernel = tangent_kernels(
+        made.model, padded, {"table": Everything(parameters=[name])}, made.outputs, contraction=how
+    )["table"]
+    assert_equal(kernel, [jacobians(made.model, padded, made.outputs, [name])[name]], train=2)
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "encoder", "llama", "gpt2", "albert", "t5"])
