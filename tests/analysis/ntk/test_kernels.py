@@ -104,12 +104,13 @@ def test_everything_equals_the_whole_jacobian(name: str, how: str) -> None:
     assert_equal(kernels["everything"], list(all_jacobians(name).values()))
 
 
+def refused(*args) -> None:
+    raise AssertionError("asked sample by sample")
+
+
 @pytest.mark.parametrize("name", ["bert", "roberta", "encoder", "llama", "gpt2", "albert"])
 def test_nothing_is_asked_sample_by_sample_where_factors_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args) -> None:
-        raise AssertionError("sample by sample")
-
-    monkeypatch.setattr(FactorPass, "_sample_by_sample", refuse)
+    monkeypatch.setattr(FactorPass, "_sample_by_sample", refused)
     compute(case(name), {"everything": Everything()})
 
 
@@ -123,7 +124,8 @@ def test_tied_weights_have_a_cross_term(name: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", CONTRACTIONS)
-def test_the_padding_of_an_embedding_is_never_trained(how: str) -> None:
+def test_the_padding_of_an_embedding_is_never_trained(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FactorPass, "_sample_by_sample", refused)
     made = case("roberta")
     padded = [
         {"input_ids": torch.tensor([[4, 0, 5], [6, 7, 0]]), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
