@@ -59,7 +59,9 @@ def test_broken_description_is_refused(description: dict[str, Any], message: str
 
 
 def test_unknown_task_lists_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"unknown task 'clasification'; tasks are .*; did you mean 'classification' or "):
+    with pytest.raises(
+        UserError, match=r"unknown task 'clasification'; tasks are .*; did you mean 'classification' or "
+    ):
         make_task("clasification", text="sentence")
 
 
