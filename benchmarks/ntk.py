@@ -23,6 +23,7 @@ import gc
 import json
 import random
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -299,7 +300,7 @@ def measure(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("full", "rows r=1"):
         _, figures["single_seconds"][name] = timed(lambda name=name: ours({name: KERNELS[name]}), arguments.device)
         report(f"{name} alone: {shown(figures['single_seconds'][name])}")
-    runs = []
+    runs, all_seconds = [], [seconds]
     for outer, inner in _BATCH_SIZES:
         run = lm_kernel_ft(setting, outer, inner, arguments.pairs, arguments.seconds, arguments.device)
         run["relative_difference"] = max(
@@ -311,6 +312,8 @@ def measure(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
             f"LM-Kernel-FT {outer} x {inner}: {shown(run['extrapolated_seconds'])} by {len(run['pair_seconds'])} pairs"
         )
     figures["lm_kernel_ft"] = runs
+    # Again between the others: what else goes on in the machine changes meanwhile.
+    all_seconds.append(timed(lambda: ours(wanted), arguments.device)[1])
     figures["jacobian_seconds"], figures["jacobian_relative_difference"] = {}, 0.0
     for together in _TOGETHER:
         (train, other), seconds = timed(lambda together=together: jacobian_kernel(setting, together), arguments.device)
@@ -319,6 +322,11 @@ def measure(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
         figures["jacobian_seconds"][str(together)] = seconds
         figures["jacobian_relative_difference"] = max(figures["jacobian_relative_difference"], float(off))
         report(f"jacobians, {together} multiplied at a time: {shown(seconds)}, relative difference {off:.1e}")
+    all_seconds.append(timed(lambda: ours(wanted), arguments.device)[1])
+    figures["all_runs"] = all_seconds
+    figures["all_seconds"] = {
+        kind: statistics.median(one[kind] for one in all_seconds) for kind in ("wall", "processor")
+    }
     return figures
 
 
