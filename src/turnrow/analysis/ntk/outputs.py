@@ -88,7 +88,7 @@ class ClassifierHead:
 
 @dataclass(frozen=True, eq=False)
 class CentroidHead:
-    """f_c(x) = mu_c . phi(x) - |mu_c|^2 / 2, with phi the mean of the last hidden states over the real tokens.
+    """``f_c(x) = mu_c . phi(x) - |mu_c|^2 / 2``, with phi the mean of the last hidden states over the real tokens.
 
     A linear classifier for an encoder that has none: its largest output is that of the nearest class centroid mu_c. Make it from
     training samples by `fit`; afterwards it is fixed, as a head that is not trained.
