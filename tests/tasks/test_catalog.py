@@ -50,8 +50,23 @@ def test_hub_columns_take_our_names() -> None:
 
 
 def test_a_column_of_our_name_that_holds_something_else_gives_way() -> None:
-    theirs = Dataset.from_dict({"text": ["who is it ?"], "label": [23], "label_coarse": [3]})
-    assert make_task("trec").in_our_form(theirs)[0] == {"sentence": "who is it ?", "label": 3}
+    entry = Entry(
+        name="toy",
+        title="Toy",
+        task={"name": "classification", "text": "sentence"},
+        columns={"text": "sentence", "coarse": "label"},
+        source="nobody",
+    )
+    theirs = Dataset.from_dict({"text": ["who is it ?"], "label": [23], "coarse": [3]})
+    assert entry.in_our_form(theirs)[0] == {"sentence": "who is it ?", "label": 3}
+
+
+def test_classes_that_the_hub_numbers_otherwise_get_our_numbers() -> None:
+    theirs = Dataset.from_dict(
+        {"text": ["what is it ?"], "label": [23], "label_coarse": [0], "label_coarse_original": ["DESC"]}
+    )
+    assert make_task("trec").in_our_form(theirs)[0] == {"sentence": "what is it ?", "label": 2}
+    assert make_task("subj").in_our_form(Dataset.from_dict({"text": ["a"], "label": [0]}))[0]["label"] == 1
 
 
 def test_rows_are_rewritten_where_names_do_not_do() -> None:

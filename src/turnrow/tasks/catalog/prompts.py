@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from turnrow.tasks.catalog.entry import Entry
+from turnrow.tasks.catalog.sentences import subj_row, trec_row
 
 __all__ = ["ENTRIES"]
 
@@ -36,19 +37,6 @@ def _glue(config: str, test: str = "validation") -> dict[str, str]:
 
 def _plain(name: str) -> dict[str, str]:
     return {"train": f"{name}::train", "test": f"{name}::test"}
-
-
-def _subj_row(row: dict[str, Any]) -> dict[str, Any]:
-    # There 0 is objective.
-    return {"sentence": row["text"], "label": 1 - row["label"]}
-
-
-_QUESTIONS = ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
-
-
-def _trec_row(row: dict[str, Any]) -> dict[str, Any]:
-    # The numbers of the coarse classes are others there.
-    return {"sentence": row["text"], "label": _QUESTIONS.index(row["label_coarse_original"])}
 
 
 def _snli_row(row: dict[str, Any]) -> dict[str, Any] | None:
@@ -135,7 +123,7 @@ ENTRIES = (
         _plain("SetFit/subj"),
         "Pang, Lee 2004, ACL",
         reads=("text", "label_text"),
-        convert=_subj_row,
+        convert=subj_row,
         notes="0 is subjective, as in LM-BFF; rows of the hub, where 0 is objective, are turned.",
     ),
     _entry(
@@ -148,7 +136,7 @@ ENTRIES = (
         _plain("SetFit/TREC-QC"),
         "Li, Roth 2002, COLING",
         reads=("text", "label_coarse_original"),
-        convert=_trec_row,
+        convert=trec_row,
         notes="The six coarse classes: 0 ABBR, 1 ENTY, 2 DESC, 3 HUM, 4 LOC, 5 NUM. LM-BFF numbers them otherwise; the words are the same.",
     ),
     _entry(

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from turnrow.tasks.catalog.entry import Entry
 
-__all__ = ["ENTRIES"]
+__all__ = ["ENTRIES", "subj_row", "trec_row"]
 
 _ONE = {"name": "classification", "text": ["sentence"], "label": "label"}
+
+_QUESTIONS = ("ABBR", "ENTY", "DESC", "HUM", "LOC", "NUM")
+
+
+def subj_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the hub's Subj, where 0 is objective, in our form, where 0 is subjective."""
+    return {"sentence": row["text"], "label": 1 - row["label"]}
+
+
+def trec_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the hub's TREC, which numbers the coarse classes otherwise, in our form."""
+    return {"sentence": row["text"], "label": _QUESTIONS.index(row["label_coarse_original"])}
+
 
 ENTRIES = (
     Entry(
@@ -31,8 +46,10 @@ ENTRIES = (
             "validation": "SetFit/subj::train[7000:]",
             "test": "SetFit/subj::test",
         },
-        columns={"text": "sentence"},
+        reads=("text", "label"),
+        convert=subj_row,
         source="Pang, Lee 2004, ACL",
+        notes="0 is subjective; rows of the hub, where 0 is objective, are turned.",
     ),
     Entry(
         name="trec",
@@ -43,8 +60,9 @@ ENTRIES = (
             "validation": "SetFit/TREC-QC::train[90%:]",
             "test": "SetFit/TREC-QC::test",
         },
-        columns={"text": "sentence", "label_coarse": "label"},
+        reads=("text", "label_coarse_original"),
+        convert=trec_row,
         source="Li, Roth 2002, COLING",
-        notes="The six coarse classes.",
+        notes="The six coarse classes: 0 ABBR, 1 ENTY, 2 DESC, 3 HUM, 4 LOC, 5 NUM; the hub numbers them otherwise.",
     ),
 )
