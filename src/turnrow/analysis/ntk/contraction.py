@@ -379,7 +379,7 @@ def _instantiate(factors: TokenFactors, begin: int, end: int, out: Tensor) -> No
     batch, classes, _ = out.shape
     rows = end - begin
     if x is not None and g is not None:
-        # One of the two has to be copied: G in another order, or X once for each output.
+        # One of the two has to be copied: G in another order, or X, where it is small, once for each output.
         if x.shape[2] < rows:
             left = g.reshape(batch * classes, -1, g.shape[3])[..., begin:end].transpose(1, 2)  # (B C, rows, T)
             right = x[:, None].expand(-1, classes, -1, -1).reshape(batch * classes, -1, x.shape[2])

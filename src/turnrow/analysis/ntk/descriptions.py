@@ -27,7 +27,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from hashlib import blake2b
 from typing import Any
 
@@ -318,17 +318,23 @@ _FEEDFORWARD = ("output.dense", "down_proj", "fc2", "wo", "mlp.c_proj", "fc_out"
 
 
 def _road_gradient(variant: pairs.Variant, group_size: int, call: Call) -> Tensor:
-    """Gradients of theta and alpha at theta = 0, alpha = 1, where z = R h = h: (B, C, 2 size)."""
-    half = group_size // 2
-    products, crossed = call.products, call.crossed_products(group_size)  # (B, C, out)
-    # Blocks stand for themselves, so those of all samples and outputs can be taken for the blocks of one long R.
-    c1, c2 = products.reshape(-1, 2, half).unbind(1)  # g1 h1 and g2 h2
-    s1, s2 = crossed.reshape(-1, 2, half).unbind(1)  # g1 h2 and g2 h1
-    theta = products.new_zeros(pairs.parameter_size(variant, products.numel()))
-    start = (theta, torch.ones_like(theta))
-    pull: Any = torch.func.vjp(partial(pairs.coefficients, variant, group_size), *start)[1]
-    of_theta, of_alpha = pull((c1, -s1, c2, s2))  # gradients of the entries of the blocks
-    return torch.cat([of_theta.view(*products.shape[:2], -1), of_alpha.view(*products.shape[:2], -1)], dim=2)
+    """Gradients of theta and alpha at theta = 0, alpha = 1, where z = R h = h: (B, C, 2 size), the parameters of a pair together."""
+    by_pair = (-1, 2, group_size // 2)
+    c1, c2 = call.products.unflatten(-1, by_pair).unbind(-2)  # (B, C, groups, half): g1 h1 and g2 h2
+    s1, s2 = call.crossed_products(group_size).unflatten(-1, by_pair).unbind(-2)  # g1 h2 and g2 h1
+    entries = torch.stack((c1, -s1, c2, s2), dim=-1)  # gradients of the entries of the blocks of R
+    return (entries @ _at_the_start(variant).to(entries)).flatten(2)
+
+
+@cache
+def _at_the_start(variant: pairs.Variant) -> Tensor:
+    """Derivatives of the four entries of one block by its own angles and scales, (4, parameters); all blocks are alike."""
+    theta = torch.zeros(pairs.parameter_size(variant, 2))
+
+    def entries(theta: Tensor, alpha: Tensor) -> Tensor:
+        return torch.stack(pairs.coefficients(variant, 2, theta, alpha)).flatten()
+
+    return torch.cat(torch.autograd.functional.jacobian(entries, (theta, torch.ones_like(theta))), dim=1)
 
 
 def _output_scale_gradient(call: Call) -> Tensor:
