@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -11,10 +10,11 @@ import numpy as np
 
 from turnrow.errors import UserError, near_matches
 from turnrow.tasks.columns import check_name, describe_split, require_columns, value_column
+from turnrow.tasks.encoding import encode_rows
 from turnrow.tasks.extraction import check_markers, extract_label, named_labels
 from turnrow.tasks.generation import GenerationTask, refuse_empty
 from turnrow.tasks.gold import share
-from turnrow.tasks.likelihood import finite_losses, token_losses
+from turnrow.tasks.likelihood import answer_losses, finite_losses
 from turnrow.tasks.padding import IGNORED
 from turnrow.tasks.prompts import ALPACA_PROMPTS
 from turnrow.tasks.templates import Template
@@ -131,8 +131,7 @@ class MultipleChoiceTask(GenerationTask):
 
     def reduce_logits(self, logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
         """Keep -log p of each choice, in nats, of shape (rows,)."""
-        scores = logits[0] if isinstance(logits, tuple) else logits
-        return token_losses(scores, labels, self.architecture == "decoder").sum(dim=1)
+        return answer_losses(logits, labels, self.architecture == "decoder")
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray, encoded: Dataset | None = None) -> dict[str, float]:
         """Score texts of shape (rows,), or with likelihood -log p of shape (choices,)."""
@@ -215,18 +214,7 @@ class MultipleChoiceTask(GenerationTask):
                     )
             return {name: [row[name] for row in rows] for name in rows[0]}
 
-        held = data.with_format(None)
-        return held.map(
-            encode_batch,
-            batched=True,
-            with_indices=True,
-            remove_columns=held.column_names,
-            keep_in_memory=True,
-            load_from_cache_file=False,
-            # Given, or `datasets` would pickle the tokenizer to hash it for a cache that is not used.
-            new_fingerprint=uuid.uuid4().hex,
-            desc=f"Encoding {split}",
-        )
+        return encode_rows(data, encode_batch, split, batched=True)
 
     def _choices(self, prompt: str) -> list[int]:
         known = self._known()

@@ -12,7 +12,7 @@ from turnrow.tasks.templates import longest_beginning
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Turns", "answered_conversation", "asked_conversation", "read_turns"]
+__all__ = ["Turns", "answered_conversation", "asked_conversation", "read_turns", "write_turns"]
 
 Turns = list[dict[str, str]]
 """Messages with `role` and `content`."""
@@ -149,16 +149,30 @@ def _without_oldest(turns: Turns) -> Turns | None:
     return None
 
 
-def _written(tokenizer: PreTrainedTokenizerBase, turns: Turns, place: str, *, asks: bool) -> str:
+def write_turns(writer: Any, what: str, turns: Sequence[dict[str, Any]], place: str, *, asks: bool) -> str:
+    """Return turns as the chat template of a tokenizer or a processor writes them.
+
+    Args:
+        writer: with `apply_chat_template`.
+        what: how to call it in errors.
+        turns: messages with `role` and `content`.
+        place: of the row, for errors.
+        asks: whether the beginning of an answer follows.
+
+    Raises:
+        UserError: the template refuses the turns.
+    """
     from jinja2 import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks))
+        return str(writer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks))
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in turns)
-        raise UserError(
-            f"{place}: the chat template of the tokenizer {tokenizer.name_or_path!r} refuses the turns {roles}: {error}"
-        ) from error
+        raise UserError(f"{place}: the chat template of {what} refuses the turns {roles}: {error}") from error
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, turns: Turns, place: str, *, asks: bool) -> str:
+    return write_turns(tokenizer, f"the tokenizer {tokenizer.name_or_path!r}", turns, place, asks=asks)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

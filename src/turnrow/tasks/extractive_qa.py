@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 from turnrow.errors import UserError
 from turnrow.tasks.answers import Answer, gold_answers, token_span
 from turnrow.tasks.columns import check_name, describe_split, require_columns, text_column, value_column
+from turnrow.tasks.encoding import encode_rows
 from turnrow.tasks.padding import pad_rows
 from turnrow.tasks.spans import spans_of_windows
 from turnrow.tasks.squad import best_over, best_threshold, exact_match, token_f1
@@ -181,19 +181,7 @@ class ExtractiveQATask(Task):
             return rows
 
         features = _features(frame.types is not None, labelled)
-        held = data.with_format(None)
-        encoded = held.map(
-            encode_batch,
-            batched=True,
-            with_indices=True,
-            remove_columns=held.column_names,
-            features=features,
-            keep_in_memory=True,
-            load_from_cache_file=False,
-            # Given, or `datasets` would pickle the tokenizer to hash it for a cache that is not used.
-            new_fingerprint=uuid.uuid4().hex,
-            desc=f"Encoding {split}",
-        )
+        encoded = encode_rows(data, encode_batch, split, batched=True, features=features)
         return encoded if decoded else encoded.select_columns([name for name in features if name in _READ])
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], Any]:

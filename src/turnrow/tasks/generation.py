@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import uuid
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from turnrow.errors import UserError, near_matches
 from turnrow.tasks.columns import describe_split, require_columns
+from turnrow.tasks.encoding import encode_rows
 from turnrow.tasks.padding import IGNORED, LanguageCollator
 from turnrow.tasks.prompts import Prompter, check_chat
 from turnrow.tasks.task import Task
@@ -71,8 +72,8 @@ class GenerationTask(Task):
                 f"option 'system' is a text that a conversation begins with (chat: true), got {self.system!r}"
             )
         self.generation = {"max_new_tokens": self.default_new_tokens, **checked_generation(self.generation)}
-        templates = self._templates()
-        answers = {*self._target().columns, *self.gold_columns()}
+        templates = self._templates
+        answers = {*self._target.columns, *self.gold_columns()}
         for template in templates:
             if leaked := answers & set(template.columns):
                 raise UserError(
@@ -96,11 +97,11 @@ class GenerationTask(Task):
 
     def columns(self) -> list[str]:
         """Return the columns of the prompt, of the answer to learn, and of what is scored against."""
-        return list(dict.fromkeys([*self.input_columns(), *self._target().columns, *self.gold_columns()]))
+        return list(dict.fromkeys([*self.input_columns(), *self._target.columns, *self.gold_columns()]))
 
     def input_columns(self) -> list[str]:
         """The columns without which there is no prompt."""
-        return list(self._templates()[-1].columns)
+        return list(self._templates[-1].columns)
 
     def generates(self, split: str) -> bool:
         """All but the training split is answered by the model."""
@@ -112,7 +113,7 @@ class GenerationTask(Task):
 
     def fit(self, train: Dataset) -> None:
         """Check that the training split has the columns; there is nothing to learn."""
-        require_columns(train, [*self.input_columns(), *self._target().columns], "train")
+        require_columns(train, [*self.input_columns(), *self._target.columns], "train")
 
     def model_kwargs(self) -> dict[str, Any]:
         """Nothing: the model keeps its own head."""
@@ -127,7 +128,7 @@ class GenerationTask(Task):
         """
         answered = self.generates(split)
         gold = self.gold_columns() if answered and split != "predict" else []
-        wanted = [*self.input_columns(), *([] if answered else self._target().columns), *gold]
+        wanted = [*self.input_columns(), *([] if answered else self._target.columns), *gold]
         require_columns(data, list(dict.fromkeys(wanted)), split)
         prompter = self._prompter(tokenizer, learned=not answered)
         limit = resolve_max_length(tokenizer, max_length)
@@ -151,17 +152,7 @@ class GenerationTask(Task):
                 "labels": [IGNORED] * len(ids) + answer,
             }
 
-        held = data.with_format(None)
-        return held.map(
-            encode_row,
-            with_indices=True,
-            remove_columns=[name for name in held.column_names if name not in gold],
-            keep_in_memory=True,
-            load_from_cache_file=False,
-            # Given, or `datasets` would pickle the tokenizer to hash it for a cache that is not used.
-            new_fingerprint=uuid.uuid4().hex,
-            desc=f"Encoding {split}",
-        )
+        return encode_rows(data, encode_row, split, keep=gold)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], Any]:
         """Return a collator that pads a batch to its longest row."""
@@ -173,8 +164,8 @@ class GenerationTask(Task):
             check_chat(tokenizer, "option 'chat' is true")
         return Prompter(
             tokenizer,
-            self._templates(),
-            self._target() if learned else None,
+            self._templates,
+            self._target if learned else None,
             self.architecture == "decoder",
             self.chat,
             self.system,
@@ -182,12 +173,15 @@ class GenerationTask(Task):
 
     def _texts(self, row: Mapping[str, Any], place: str) -> dict[str, str]:
         """The row's values of all columns that the templates name, as they stand there."""
-        names = [*{name for template in self._templates() for name in template.columns}, *self._target().columns]
+        names = {name for template in (*self._templates, self._target) for name in template.columns}
         return {name: _text(row.get(name), name, place) for name in names}
 
+    # Parsed once: every row asks for them.
+    @cached_property
     def _templates(self) -> list[Template]:
         return parse_templates(self.prompt, "prompt")
 
+    @cached_property
     def _target(self) -> Template:
         return Template(self.target, "target")
 

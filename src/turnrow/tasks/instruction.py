@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,10 +11,11 @@ import numpy as np
 from turnrow.errors import UserError
 from turnrow.tasks.columns import describe_split, is_name, require_columns
 from turnrow.tasks.conversations import answered_conversation, asked_conversation, read_turns
+from turnrow.tasks.encoding import encode_rows
 from turnrow.tasks.generation import GenerationTask, room_for_prompt
-from turnrow.tasks.likelihood import finite_losses, perplexity, token_losses
+from turnrow.tasks.likelihood import answer_losses, score_answers, tell_answers
 from turnrow.tasks.packing import PackedCollator, pack_rows
-from turnrow.tasks.padding import IGNORED, LanguageCollator
+from turnrow.tasks.padding import LanguageCollator
 from turnrow.tasks.prompts import ALPACA_PROMPTS, check_chat
 from turnrow.tasks.templates import choose
 from turnrow.tasks.tokens import resolve_max_length
@@ -124,13 +124,11 @@ class InstructionTask(GenerationTask):
 
     def reduce_logits(self, logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
         """Keep -log p of each row's answers, in nats, of shape (rows,)."""
-        scores = logits[0] if isinstance(logits, tuple) else logits
-        return token_losses(scores, labels, self.architecture == "decoder").sum(dim=1)
+        return answer_losses(logits, labels, self.architecture == "decoder")
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray, encoded: Dataset | None = None) -> dict[str, float]:
         """Score -log p of shape (rows,) over the tokens of `labels` that are learned."""
-        mean = float(finite_losses(predictions, "rows").sum() / (np.asarray(labels) != IGNORED).sum())
-        return {"perplexity": perplexity(mean), "loss": mean}
+        return score_answers(predictions, labels)
 
     def decode(self, predictions: np.ndarray, encoded: Dataset | None = None) -> list[dict[str, Any]]:
         """Return per row the `perplexity` of its answers and how many `tokens` they have; of what the model wrote, `instruction`,
@@ -142,11 +140,7 @@ class InstructionTask(GenerationTask):
                 {"instruction": asked, "output": text, "generator": self.generator}
                 for asked, text in zip(encoded["instruction"], predictions, strict=True)
             ]
-        counts = [sum(label != IGNORED for label in row) for row in encoded["labels"]]
-        return [
-            {"perplexity": perplexity(loss / count), "tokens": count}
-            for loss, count in zip(finite_losses(predictions, "rows").tolist(), counts, strict=True)
-        ]
+        return tell_answers(predictions, encoded)
 
     def _encode_conversations(
         self, data: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, split: str, column: str
@@ -167,19 +161,9 @@ class InstructionTask(GenerationTask):
             ids, labels = answered_conversation(tokenizer, turns, limit, place)
             return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
-        held = data.with_format(None)
-        return held.map(
-            encode_row,
-            with_indices=True,
-            remove_columns=held.column_names,
-            keep_in_memory=True,
-            load_from_cache_file=False,
-            # Given, or `datasets` would pickle the tokenizer to hash it for a cache that is not used.
-            new_fingerprint=uuid.uuid4().hex,
-            desc=f"Encoding {split}",
-        )
+        return encode_rows(data, encode_row, split)
 
     def _instruction(self, row: dict[str, Any]) -> str:
         """What is asked, without the words of the template: the texts of its columns."""
         texts = self._texts(row, "a row")
-        return "\n\n".join(texts[name] for name in choose(self._templates(), texts).columns)
+        return "\n\n".join(texts[name] for name in choose(self._templates, texts).columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,9 +11,10 @@ from turnrow.errors import UserError
 from turnrow.tasks.padding import IGNORED
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from torch import Tensor
 
-__all__ = ["finite_losses", "perplexity", "token_losses"]
+__all__ = ["answer_losses", "finite_losses", "perplexity", "score_answers", "tell_answers", "token_losses"]
 
 
 def token_losses(logits: Tensor, labels: Tensor, decoder: bool = True) -> Tensor:
@@ -38,6 +39,26 @@ def token_losses(logits: Tensor, labels: Tensor, decoder: bool = True) -> Tensor
         for row, label in zip(logits, labels, strict=True)
     ]
     return torch.stack(losses)
+
+
+def answer_losses(logits: Tensor | tuple[Tensor, ...], labels: Tensor, decoder: bool = True) -> Tensor:
+    """Return -log p of each row's labels, in nats, of shape (rows,); of several outputs the first are the logits."""
+    return token_losses(logits[0] if isinstance(logits, tuple) else logits, labels, decoder).sum(dim=1)
+
+
+def score_answers(losses: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return `loss`, the mean of `answer_losses` over all tokens of `labels` that are learned, and its `perplexity`."""
+    mean = float(finite_losses(losses, "rows").sum() / (np.asarray(labels) != IGNORED).sum())
+    return {"perplexity": perplexity(mean), "loss": mean}
+
+
+def tell_answers(losses: np.ndarray, encoded: Dataset) -> list[dict[str, Any]]:
+    """Return per row of `encoded` the `perplexity` of its answers, and their `tokens`, from its `answer_losses`."""
+    counts = [sum(label != IGNORED for label in row) for row in encoded["labels"]]
+    return [
+        {"perplexity": perplexity(loss / count), "tokens": count}
+        for loss, count in zip(finite_losses(losses, "rows").tolist(), counts, strict=True)
+    ]
 
 
 def finite_losses(predictions: np.ndarray, what: str) -> np.ndarray:

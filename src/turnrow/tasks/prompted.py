@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -13,9 +12,10 @@ from turnrow.errors import UserError, near_matches
 from turnrow.tasks.classes import ClassTask
 from turnrow.tasks.cloze import Cloze
 from turnrow.tasks.columns import describe_split, require_columns, text_column
+from turnrow.tasks.encoding import encode_rows
 from turnrow.tasks.label_words import label_classes, label_word_ids, label_word_logits
 from turnrow.tasks.padding import IGNORED, LanguageCollator
-from turnrow.tasks.tokens import resolve_max_length
+from turnrow.tasks.tokens import left_open, resolve_max_length
 
 if TYPE_CHECKING:
     import torch
@@ -137,20 +137,7 @@ class PromptTask(ClassTask):
             labels[place] = self.word_ids[classes[number]]
             return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
-        return (
-            data.with_format(None)
-            .select_columns(list(texts))
-            .map(
-                encode_row,
-                with_indices=True,
-                remove_columns=list(texts),
-                keep_in_memory=True,
-                load_from_cache_file=False,
-                # Given, or `datasets` would pickle the tokenizer to hash it for a cache that is not used.
-                new_fingerprint=uuid.uuid4().hex,
-                desc=f"Encoding {split}",
-            )
-        )
+        return encode_rows(data.select_columns(list(texts)), encode_row, split)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], Any]:
         """Return a collator that pads a batch to its longest row."""
@@ -182,13 +169,9 @@ class PromptTask(ClassTask):
     def _writer(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[str, str], tuple[list[int], int]]:
         """What turns the texts before and behind the mask into tokens, and the place whose output is read."""
         if self.architecture == "causal":
-            closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {tokenizer.bos_token_id, None}
 
             def foresee(before: str, after: str) -> tuple[list[int], int]:
-                ids = list(tokenizer(before, verbose=False)["input_ids"])
-                # After a token that ends a text no word of it is foreseen.
-                while ids and ids[-1] in closing:
-                    ids.pop()
+                ids = left_open(tokenizer, list(tokenizer(before, verbose=False)["input_ids"]))
                 return ids, len(ids) - 1
 
             return foresee

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from turnrow.errors import UserError
 from turnrow.tasks.templates import Template, choose
+from turnrow.tasks.tokens import left_open
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,10 +97,7 @@ class Prompter:
         if self.chat:
             return self._plain_ids(self._conversation(text))
         ids = list(self.tokenizer(text)["input_ids"])
-        # A token that ends a text would end the answer before it begins.
-        while self.decoder and ids and ids[-1] in _closing(self.tokenizer):
-            ids.pop()
-        return ids
+        return left_open(self.tokenizer, ids) if self.decoder else ids
 
     def answer(self, row: Mapping[str, str], answer: str) -> list[int]:
         """Return the tokens of an answer to a row's prompt, with the one that ends it, however many they are."""
@@ -127,7 +125,3 @@ class Prompter:
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None))
-
-
-def _closing(tokenizer: PreTrainedTokenizerBase) -> set[int | None]:
-    return {tokenizer.eos_token_id, tokenizer.sep_token_id} - {tokenizer.bos_token_id, None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import numpy as np
 
 from turnrow.errors import UserError
 from turnrow.tasks.columns import check_name, describe_split, is_name, require_columns, text_column
+from turnrow.tasks.encoding import encode_rows
 from turnrow.tasks.task import Task
 from turnrow.tasks.tokens import ready_to_pad, resolve_max_length, tokenize
 
@@ -76,21 +76,7 @@ class SequenceTask(Task):
                     )
             return encoded if labels is None else {**encoded, "labels": [labels[row] for row in rows]}
 
-        return (
-            data.with_format(None)
-            .select_columns(self.text_columns)
-            .map(
-                encode_batch,
-                batched=True,
-                with_indices=True,
-                remove_columns=self.text_columns,
-                keep_in_memory=True,
-                load_from_cache_file=False,
-                # Given, or `datasets` would pickle the tokenizer to hash it for a cache that is not used.
-                new_fingerprint=uuid.uuid4().hex,
-                desc=f"Encoding {split}",
-            )
-        )
+        return encode_rows(data.select_columns(self.text_columns), encode_batch, split, batched=True)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], Any]:
         """Return a collator that pads a batch to its longest row."""

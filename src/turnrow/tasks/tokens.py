@@ -9,7 +9,7 @@ from turnrow.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_MAX_LENGTH", "ready_to_pad", "resolve_max_length", "tokenize", "tokenizer_of"]
+__all__ = ["DEFAULT_MAX_LENGTH", "left_open", "ready_to_pad", "resolve_max_length", "tokenize", "tokenizer_of"]
 
 DEFAULT_MAX_LENGTH = 512
 """Tokens per example where neither the recipe nor the tokenizer says: what BERT-like encoders can take."""
@@ -94,3 +94,12 @@ def tokenize(
 
 def _marks_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False)
+
+
+def left_open(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Return `ids` without the tokens at their end that close a text: after them a decoder would foresee no word of it."""
+    closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {tokenizer.bos_token_id, None}
+    end = len(ids)
+    while end and ids[end - 1] in closing:
+        end -= 1
+    return ids[:end]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from turnrow.errors import UserError
+from turnrow.tasks.conversations import write_turns
 from turnrow.tasks.padding import IGNORED
 from turnrow.tasks.tokens import tokenizer_of
 
@@ -182,15 +183,7 @@ class VisualPrompter:
         return list(made["input_ids"][0])
 
     def _written(self, turns: Turns, place: str, *, asks: bool) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return str(self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks))
-        except TemplateError as error:
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise UserError(
-                f"{place}: the chat template of the processor refuses the turns {roles}: {error}"
-            ) from error
+        return write_turns(self.processor, "the processor", turns, place, asks=asks)
 
 
 def _parts(said: str) -> list[dict[str, str]]:

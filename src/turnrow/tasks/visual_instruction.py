@@ -12,7 +12,7 @@ from turnrow.errors import UserError
 from turnrow.tasks.columns import check_name, describe_split, require_columns
 from turnrow.tasks.generation import checked_generation, room_for_prompt
 from turnrow.tasks.images import FILES, has_image, image_files, open_image
-from turnrow.tasks.likelihood import finite_losses, perplexity, token_losses
+from turnrow.tasks.likelihood import answer_losses, score_answers, tell_answers
 from turnrow.tasks.padding import IGNORED, pad_rows
 from turnrow.tasks.squad import exact_match, token_f1
 from turnrow.tasks.task import Task
@@ -168,13 +168,12 @@ class VisualInstructionTask(Task):
 
     def reduce_logits(self, logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
         """Keep -log p of each row's answers, in nats, of shape (rows,)."""
-        return token_losses(logits[0] if isinstance(logits, tuple) else logits, labels).sum(dim=1)
+        return answer_losses(logits, labels)
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray, encoded: Dataset | None = None) -> dict[str, float]:
         """Score -log p of shape (rows,) over the tokens of `labels` that are learned, or texts by the `gold` of `encoded`."""
         if not self.answers:
-            mean = float(finite_losses(predictions, "rows").sum() / (np.asarray(labels) != IGNORED).sum())
-            return {"perplexity": perplexity(mean), "loss": mean}
+            return score_answers(predictions, labels)
         assert encoded is not None
         golds = encoded["gold"]
         return {
@@ -187,11 +186,7 @@ class VisualInstructionTask(Task):
         assert encoded is not None
         if "labels" not in encoded.column_names:
             return [{"prediction": said} for said in predictions]
-        counts = [sum(label != IGNORED for label in row) for row in encoded["labels"]]
-        return [
-            {"perplexity": perplexity(loss / count), "tokens": count}
-            for loss, count in zip(finite_losses(predictions, "rows").tolist(), counts, strict=True)
-        ]
+        return tell_answers(predictions, encoded)
 
     def _gold(self, answer: str | None, split: str, place: str) -> str:
         if answer is None and split != "predict":
