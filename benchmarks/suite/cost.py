@@ -45,12 +45,10 @@ def measure_costs(
     """
     steps = dict[str, _Step]()
     titles = {}
-    for methods in suite.groups.values():
-        for name, fields in methods.items():
-            cell = suite.cell(suite.tasks[0], fields)
-            if cell.slug not in steps:
-                titles[cell.slug] = name
-                steps[cell.slug] = _Step(_build(cell.recipe), batch, sequence, device)
+    for _, name, fields in suite.methods():
+        cell = suite.cell(suite.tasks[0], fields)
+        titles[cell.slug] = name
+        steps[cell.slug] = _Step(_build(cell.recipe), batch, sequence, device)
     steps[_LIMIT] = _Step(
         _build(suite.cell(suite.tasks[0], {"method": {"name": "full"}}).recipe), batch, sequence, device
     )

@@ -48,15 +48,12 @@ def plot_task(suite: Suite, task: str, target: Path, root: Path = RUNS) -> bool:
 
 
 def _points(suite: Suite, task: str, root: Path) -> dict[str, list[Point]]:
-    costs, seen = read_costs(suite.name), set()
+    costs = read_costs(suite.name)
     groups: dict[str, list[Point]] = {}
-    for group, methods in suite.groups.items():
-        for name, fields in methods.items():
-            cell = suite.cell(task, fields)
-            summary = None if cell.slug in seen else summarize(cell, root)
-            if summary:
-                seen.add(cell.slug)
-                groups.setdefault(group, []).append((name, summary, costs.get(cell.slug)))
+    for group, name, fields in suite.methods():
+        cell = suite.cell(task, fields)
+        if summary := summarize(cell, root):
+            groups.setdefault(group, []).append((name, summary, costs.get(cell.slug)))
     return groups
 
 

@@ -17,7 +17,7 @@ from benchmarks.suite.plots import plot_task
 from benchmarks.suite.published import published_tables, to_markdown
 from benchmarks.suite.store import RUNS
 from benchmarks.suite.suite import Suite, load_suite, suite_names
-from benchmarks.suite.summary import Summary, failures, summarize
+from benchmarks.suite.summary import Summary, failures, known_tasks, summarize
 from benchmarks.suite.tables import overview, task_tables
 
 __all__ = ["DOCS", "results_page", "write_html", "write_results"]
@@ -41,7 +41,7 @@ def results_page(root: Path = RUNS, figures: str = "figures") -> str:
     parts = [_HEAD]
     for suite in _known_suites(root):
         parts.append(f"## {suite.title}\n\n{overview(suite, root)}")
-        parts += [f"![{suite.name}, {task}]({figures}/{_picture(suite, task)})" for task in _known_tasks(suite, root)]
+        parts += [f"![{suite.name}, {task}]({figures}/{_picture(suite, task)})" for task in known_tasks(suite, root)]
         if broken := list(_failed(suite, root)):
             parts.append("Failed runs, which count as worse than any other:\n\n" + "\n".join(broken))
     parts.append(_claims(root))
@@ -51,7 +51,7 @@ def results_page(root: Path = RUNS, figures: str = "figures") -> str:
         "## Every task\n\nWhat a step costs was measured apart, all methods interleaved (`python -m benchmarks.suite cost SUITE`)."
     )
     for suite in _known_suites(root):
-        for task in _known_tasks(suite, root):
+        for task in known_tasks(suite, root):
             for group, table in task_tables(suite, task, root=root):
                 parts.append(f"**{suite.name}, {task}, {group}**\n\n{table}")
     return "\n\n".join(part.strip() for part in parts) + "\n"
@@ -60,7 +60,7 @@ def results_page(root: Path = RUNS, figures: str = "figures") -> str:
 def write_results(docs: Path = DOCS, root: Path = RUNS) -> Path:
     """Write ``results.md`` and its pictures into `docs`."""
     for suite in _known_suites(root):
-        for task in _known_tasks(suite, root):
+        for task in known_tasks(suite, root):
             plot_task(suite, task, docs / "figures" / _picture(suite, task), root)
     target = docs / "results.md"
     draft = target.with_suffix(".part")
@@ -96,12 +96,8 @@ def _known_suites(root: Path) -> Iterator[Suite]:
     # The overview of all methods first, the choices within one method after it.
     for name in sorted(suite_names(), key=lambda name: (name == "ablations", name)):
         suite = load_suite(name)
-        if any(_known_tasks(suite, root)):
+        if known_tasks(suite, root):
             yield suite
-
-
-def _known_tasks(suite: Suite, root: Path) -> list[str]:
-    return [task for task in suite.tasks if any(summarize(cell, root) for cell in suite.cells((task,)))]
 
 
 def _picture(suite: Suite, task: str) -> str:
@@ -116,10 +112,12 @@ def _failed(suite: Suite, root: Path) -> Iterator[str]:
 
 
 def _claims(root: Path) -> str:
+    suites = {name: load_suite(name) for name in suite_names()}
+
     def found(suite: str, task: str, method: str) -> Summary | None:
-        loaded = load_suite(suite)
-        fields = next(methods[method] for methods in loaded.groups.values() if method in methods)
-        return summarize(loaded.cell(task, fields), root)
+        held = suites[suite]
+        fields = next(methods[method] for methods in held.groups.values() if method in methods)
+        return summarize(held.cell(task, fields), root)
 
     def score(suite: str, task: str, method: str) -> str:
         summary = found(suite, task, method)

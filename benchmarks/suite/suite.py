@@ -49,9 +49,7 @@ class Cell:
     @property
     def slug(self) -> str:
         """A folder's name from all that makes the method."""
-        text = json.dumps(self.fields, sort_keys=True)
-        plain = re.sub(r'"(name|mode|method)": ', "", text)
-        return re.sub(r"[^\w.]+", "-", plain).strip("-")
+        return _slug(self.fields)
 
 
 @dataclass(frozen=True)
@@ -90,13 +88,17 @@ class Suite:
         _check(tasks or (), self.tasks, f"suite {self.name!r} has no task")
         _check(groups or (), self.groups, f"suite {self.name!r} has no group")
         for task in tasks or self.tasks:
-            seen = set()
-            for group in groups or self.groups:
-                for method in self.groups[group].values():
-                    cell = self.cell(task, method)
-                    if cell.slug not in seen:
-                        seen.add(cell.slug)
-                        yield cell
+            for _, _, method in self.methods(groups):
+                yield self.cell(task, method)
+
+    def methods(self, groups: tuple[str, ...] | None = None) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+        """Every method once, by the first group and name that it has: (group, name, fields)."""
+        seen = set()
+        for group in groups or self.groups:
+            for name, fields in self.groups[group].items():
+                if (slug := _slug(fields)) not in seen:
+                    seen.add(slug)
+                    yield group, name, fields
 
 
 def suite_names() -> list[str]:
@@ -117,6 +119,11 @@ def load_suite(name: str) -> Suite:
     raw = _read(path, _SUITE)
     settings = _read(EXPERIMENTS / "settings" / f"{raw['settings']}.yaml", _SETTINGS)
     return Suite(name, raw["title"], tuple(settings["tasks"]), raw["groups"], {**settings, **raw})
+
+
+def _slug(fields: Mapping[str, Any]) -> str:
+    plain = re.sub(r'"(name|mode|method)": ', "", json.dumps(fields, sort_keys=True))
+    return re.sub(r"[^\w.]+", "-", plain).strip("-")
 
 
 def _read(path: Path, fields: tuple[str, ...]) -> dict[str, Any]:

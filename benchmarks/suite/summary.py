@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.suite.store import RUNS, Store
-from benchmarks.suite.suite import Cell
+from benchmarks.suite.suite import Cell, Suite
 
-__all__ = ["Summary", "percent", "summarize"]
+__all__ = ["Summary", "failures", "known_tasks", "percent", "summarize"]
 
 # In these units they are what papers print.
 _AS_IT_IS = ("perplexity", "loss", "bits_per_byte", "mse")
@@ -58,6 +58,11 @@ def summarize(cell: Cell, root: Path = RUNS) -> Summary | None:
         greater_is_better=runs[0]["greater_is_better"],
         scores=tuple(percent(metric, run["test"][metric]) for run in runs),
     )
+
+
+def known_tasks(suite: Suite, root: Path = RUNS) -> list[str]:
+    """The tasks of a suite of which something is known."""
+    return [task for task in suite.tasks if any(summarize(cell, root) for cell in suite.cells((task,)))]
 
 
 def percent(metric: str, value: float) -> float:

@@ -8,28 +8,22 @@ from pathlib import Path
 from benchmarks.suite.cost import Cost, read_costs
 from benchmarks.suite.store import RUNS
 from benchmarks.suite.suite import Suite
-from benchmarks.suite.summary import Summary, summarize
+from benchmarks.suite.summary import Summary, known_tasks, summarize
 
 __all__ = ["overview", "task_tables"]
 
 
 def overview(suite: Suite, root: Path = RUNS) -> str:
     """Every method by every task: mean ± standard deviation; the mean over tasks where all are there. Each method once."""
-    tasks = [task for task in suite.tasks if any(_known(suite, task, root))]
+    tasks = known_tasks(suite, root)
     lines = [f"| | trained | {' | '.join(tasks)} | mean |", f"|---|{'--:|' * (len(tasks) + 2)}"]
-    seen = set()
-    for methods in suite.groups.values():
-        for name, fields in methods.items():
-            slug = suite.cell(suite.tasks[0], fields).slug
-            if slug in seen:
-                continue
-            seen.add(slug)
-            found = [summarize(suite.cell(task, fields), root) for task in tasks]
-            if not any(found):
-                continue
-            trained = min(summary.trained for summary in found if summary)
-            cells = [summary.text() if summary else "" for summary in found]
-            lines.append(f"| {name} | {trained:,} | {' | '.join(cells)} | {_mean(found)} |")
+    for _, name, fields in suite.methods():
+        found = [summarize(suite.cell(task, fields), root) for task in tasks]
+        if not any(found):
+            continue
+        trained = min(summary.trained for summary in found if summary)
+        cells = [summary.text() if summary else "" for summary in found]
+        lines.append(f"| {name} | {trained:,} | {' | '.join(cells)} | {_mean(found)} |")
     return "\n".join(lines)
 
 
@@ -54,12 +48,6 @@ def _row(name: str, found: Summary, cost: Cost | None) -> str:
     spread = "" if found.deviation is None else f" ± {found.deviation:.1f}"
     step, memory = (f"{cost['ratio']['median']:.2f}", f"{cost['peak_bytes'] / 2**20:,.0f}") if cost else ("", "")
     return f"| {name} | {found.trained:,} | {found.mean:.1f}{spread} | {len(found.scores)} | {found.learning_rate:g} | {step} | {memory} |"
-
-
-def _known(suite: Suite, task: str, root: Path) -> Iterator[bool]:
-    for methods in suite.groups.values():
-        for fields in methods.values():
-            yield summarize(suite.cell(task, fields), root) is not None
 
 
 def _mean(found: Sequence[Summary | None]) -> str:
