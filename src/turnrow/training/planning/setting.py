@@ -34,13 +34,13 @@ from turnrow.training.trainer import training_arguments
 __all__ = ["Setting"]
 
 _DEFAULT_SEQUENCE = 512
-# By the class of the model: its labels, and whether there is one a token or one a row.
-_LABELS = {
-    "AutoModelForSequenceClassification": (("labels",), False),
-    "AutoModelForQuestionAnswering": (("start_positions", "end_positions"), False),
-    "AutoModelForCausalLM": (("labels",), True),
-    "AutoModelForMaskedLM": (("labels",), True),
-    "AutoModelForSeq2SeqLM": (("labels",), True),
+# By the class of the model: whether its labels are one a token, or one a row.
+_LABEL_A_TOKEN = {
+    "AutoModelForSequenceClassification": False,
+    "AutoModelForQuestionAnswering": False,
+    "AutoModelForCausalLM": True,
+    "AutoModelForMaskedLM": True,
+    "AutoModelForSeq2SeqLM": True,
 }
 
 
@@ -70,7 +70,7 @@ class Setting:
             UserError: the recipe's arguments, model, labels or task cannot be used, or `sequence` is out of range.
         """
         task = make_task(**recipe.task)
-        if task.auto_model not in _LABELS:
+        if task.auto_model not in _LABEL_A_TOKEN:
             raise UserError(f"plan knows the inputs of models of text, not those of the task {task.name!r}")
         # As a run builds them; nothing is written there.
         args = training_arguments(recipe, task, recipe.output_dir)
@@ -121,13 +121,12 @@ class Setting:
         """A batch of full rows, with a mask, as if some row were shorter."""
         size = (batch, self.sequence)
         regression = self.skeleton.model.config.problem_type == "regression"
-        names, one_a_token = _LABELS[self.task.auto_model]
         dtype = torch.float32 if regression else torch.long
-        labels = torch.zeros(size if one_a_token else batch, dtype=dtype, device=self.device)
+        labels = torch.zeros(size if _LABEL_A_TOKEN[self.task.auto_model] else batch, dtype=dtype, device=self.device)
         return {
             "input_ids": torch.zeros(size, dtype=torch.long, device=self.device),
             "attention_mask": torch.ones(size, dtype=torch.long, device=self.device),
-            **dict.fromkeys(names, labels),
+            **dict.fromkeys(self.task.label_names, labels),
         }
 
     def prepare(self, model: PreTrainedModel | Any) -> None:
