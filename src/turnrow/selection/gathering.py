@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from turnrow.errors import UserError
 from turnrow.ops.delta import unviewed
+from turnrow.ops.frozen import frozen
 from turnrow.selection.statistics import GradientSums, InputNorms, real_tokens, weight_gradient
 from turnrow.selection.strategies import Part
 
@@ -57,7 +58,7 @@ def gather(
     """
     by_gradient = not strategy.startswith("wanda")
     with ExitStack() as undo:
-        undo.enter_context(_frozen(model))
+        undo.enter_context(frozen(model))
         undo.enter_context(_deterministic())
         if by_gradient:
             sums = {name: GradientSums(parts, squared=strategy == "fisher") for name in layers}
@@ -188,23 +189,6 @@ class _Gradients:
 
 
 # --- as it was -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no trainable parameter in this block; afterwards as before."""
-    training = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
-        for parameter in trainable:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

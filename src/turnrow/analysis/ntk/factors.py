@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from turnrow.errors import UserError
 from turnrow.ops.delta import unviewed
+from turnrow.ops.frozen import frozen
 
 __all__ = [
     "Batch",
@@ -29,8 +30,8 @@ __all__ = [
     "Unseparable",
     "batch_size",
     "factors",
-    "frozen",
     "on_device_of",
+    "ready_for_gradients",
     "record",
 ]
 
@@ -177,7 +178,7 @@ def record(
     """Run a frozen model on a batch and note what the modules were called with.
 
     Args:
-        model: in evaluation mode, see `frozen`.
+        model: in evaluation mode, see `ready_for_gradients`.
         batch: on the model's device.
         outputs: f.
         modules: those to watch, by name.
@@ -223,7 +224,7 @@ def factors(
         >>> [tuple(calls[""][0].x.shape), tuple(calls[""][0].g.shape)]
         [(3, 1, 2), (3, 1, 1, 1)]
     """
-    with frozen(model):
+    with ready_for_gradients(model):
         recording = record(model, on_device_of(model, batch), outputs, modules)
         classes = recording.f.shape[1]
         gradients = [recording.gradients(recording.f[:, c].sum(), keep=c < classes - 1)[0] for c in range(classes)]
@@ -316,21 +317,10 @@ def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def ready_for_gradients(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, gradients on and no trainable parameter in this block; afterwards as before."""
-    training = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    with frozen(model), torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def widened(x: Tensor) -> Tensor:

@@ -17,25 +17,16 @@ import numpy as np
 from torch import nn
 
 from turnrow.analysis.ntk import caching
-from turnrow.analysis.ntk.contraction import (
-    Contraction,
-    EntryFeatures,
-    Gram,
-    Load,
-    Pick,
-    Remembered,
-    Samples,
-    Space,
-    WeightFeatures,
-    by_slices,
-    by_tokens,
-    cheaper,
-)
+from turnrow.analysis.ntk.contraction import Contraction, cheaper
 from turnrow.analysis.ntk.descriptions import Description
-from turnrow.analysis.ntk.factors import Batch, Outputs, batch_size, frozen
+from turnrow.analysis.ntk.factors import Batch, Outputs, batch_size, ready_for_gradients
+from turnrow.analysis.ntk.gram import Gram, Samples
 from turnrow.analysis.ntk.layout import Layout
 from turnrow.analysis.ntk.passing import FactorPass
+from turnrow.analysis.ntk.slices import EntryFeatures, Pick, Space, WeightFeatures, by_slices
 from turnrow.analysis.ntk.terms import Term, Vector, Weight
+from turnrow.analysis.ntk.token_factors import Load, Remembered
+from turnrow.analysis.ntk.token_products import by_tokens
 from turnrow.errors import UserError
 
 __all__ = ["Progress", "TangentKernel", "TangentKernels", "tangent_kernels"]
@@ -132,7 +123,10 @@ def tangent_kernels(
     every = [*batches, *other_batches]
     by_key = {key: term for own in terms.values() for key, term in own.items()}
     largest = max(map(batch_size, every))
-    with frozen(model), FactorPass(layout, list(by_key.values()), outputs, block_bytes * 3 // 4, largest) as factors:
+    with (
+        ready_for_gradients(model),
+        FactorPass(layout, list(by_key.values()), outputs, block_bytes * 3 // 4, largest) as factors,
+    ):
         # Samples can be told apart wrongly only where there are several.
         factors.check(next((batch for batch in every if batch_size(batch) > 1), every[0]))
         with _advancing(progress, len(every) + len(by_key)) as advance:

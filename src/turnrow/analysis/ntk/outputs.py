@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from turnrow.analysis.ntk.factors import Batch, frozen, on_device_of
+from turnrow.analysis.ntk.factors import Batch, on_device_of, ready_for_gradients
 from turnrow.analysis.ntk.terms import digest
 from turnrow.errors import UserError
 
@@ -106,7 +106,7 @@ class CentroidHead:
             batches: the samples.
             labels: the class, 0 .. C - 1, of every sample in order; each class must be among them.
         """
-        with frozen(model), torch.no_grad():
+        with ready_for_gradients(model), torch.no_grad():
             phi = torch.cat([mean_pooled(model, on_device_of(model, batch)) for batch in batches])
         numbers = torch.as_tensor(labels, dtype=torch.int64, device=phi.device)
         if len(numbers) != len(phi):

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from turnrow.analysis.ntk.checking import disagreeing, without_padding
-from turnrow.analysis.ntk.contraction import Samples, StoredVectors, TokenFactors
 from turnrow.analysis.ntk.factors import Batch, Call, Outputs, Unseparable, batch_size, on_device_of, record, widened
+from turnrow.analysis.ntk.gram import Samples
 from turnrow.analysis.ntk.layout import Layout, kind_of
+from turnrow.analysis.ntk.slices import StoredVectors
 from turnrow.analysis.ntk.store import FactorStore, Handle
 from turnrow.analysis.ntk.terms import Term, Vector, Weight, one_by_one
+from turnrow.analysis.ntk.token_factors import TokenFactors
 from turnrow.errors import UserError
 
 __all__ = ["FactorPass"]
