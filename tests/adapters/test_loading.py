@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from turnrow import RoadConfig, RocoftConfig
@@ -19,7 +19,12 @@ CONFIGS = {
     "column": RocoftConfig(r=2, mode="column", target_modules=TARGETS, task_type="SEQ_CLS"),
     "road": RoadConfig(variant="road_4", group_size=4, target_modules=TARGETS, task_type="SEQ_CLS"),
     "lora": LoraConfig(r=2, target_modules=TARGETS, task_type="SEQ_CLS", init_lora_weights=False),
+    "prompt": PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"),
+    "prefix": PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"),
 }
+
+# Prompts lie beside the weights: no fingerprints, and peft cannot train them on.
+ADAPTED = [name for name in CONFIGS if name not in ("prompt", "prefix")]
 
 
 @pytest.fixture(params=CONFIGS)
@@ -43,15 +48,23 @@ def test_loaded_model_computes_what_was_trained(trained, make_bert, logits):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("trained", ADAPTED, indirect=True)
 def test_loaded_for_training_when_asked(trained, make_bert):
     model = load_adapter(make_bert(), trained[0], is_trainable=True)
     assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("trained", ["prompt", "prefix"], indirect=True)
+def test_prompts_are_not_trained_on(trained, make_bert):
+    with pytest.raises(UserError, match="(PROMPT|PREFIX)_TUNING adapter, which peft cannot load for more training"):
+        load_adapter(make_bert(), trained[0], is_trainable=True)
 
 
 def test_the_base_in_another_dtype_is_the_same_base(trained, make_bert):
     load_adapter(make_bert().bfloat16(), trained[0])
 
 
+@pytest.mark.parametrize("trained", ADAPTED, indirect=True)
 def test_another_base_is_an_error_naming_the_first_differing_module(trained, make_bert):
     base = make_bert()
     nn.init.normal_(base.bert.encoder.layer[1].attention.self.query.weight)
@@ -62,6 +75,7 @@ def test_another_base_is_an_error_naming_the_first_differing_module(trained, mak
         load_adapter(base, trained[0])
 
 
+@pytest.mark.parametrize("trained", ADAPTED, indirect=True)
 def test_check_base_false_overrides(trained, make_bert, logits):
     other = make_bert(seed=9)
     model = load_adapter(other, trained[0], check_base=False)

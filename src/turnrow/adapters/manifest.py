@@ -230,6 +230,9 @@ def verify_weights_file(folder: Path, manifest: Mapping[str, Any]) -> None:
 @contextmanager
 def _original_weights(model: PeftModel) -> Iterator[None]:
     """Take the adapters off inside the block. peft puts them back as trainable, also where they were not: undo that."""
+    if model.active_peft_config.is_prompt_learning:
+        yield  # prompts lie beside the weights, and peft cannot take them off a model that does not generate
+        return
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with warnings.catch_warnings():
