@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +31,7 @@ VOCABULARY = 4096
 POSITIONS = 1024
 BLOCK = 512
 BEGIN, END = "<s>", "</s>"
+FIGURES = ("before", "after", "total_parameters", "steps", "epochs", "seconds_per_step", "versions", "seed")
 # The form in which instructions are put to it, by whoever adapts it to them; the base has never seen one.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -84,13 +86,17 @@ def make_model() -> LlamaForCausalLM:
     )
 
 
-def pretrain(data: Path, output: Path, epochs: float, *, bf16: bool = True, run: Path | None = None) -> dict[str, Any]:
-    """Make tokenizer and model, train it, and write both to `output`; returns the figures of the run."""
-    torch.manual_seed(0)
-    with TemporaryDirectory() as scratch:
-        base, folder = Path(scratch) / "base", run or Path(scratch) / "run"
-        make_tokenizer(read_table(split_files(data)["train"])["text"]).save_pretrained(base)
-        make_model().save_pretrained(base)
+def pretrain(data: Path, output: Path, epochs: float, *, bf16: bool = True, work: Path | None = None) -> dict[str, Any]:
+    """Make tokenizer and model, train it, and write both to `output`; returns the figures of the run.
+
+    With `work` the base and the run are kept in that folder, and a run that is there goes on.
+    """
+    with nullcontext(work) if work else TemporaryDirectory() as scratch:
+        base, folder = Path(scratch) / "base", Path(scratch) / "run"
+        if not base.exists():
+            torch.manual_seed(0)
+            make_tokenizer(read_table(split_files(data)["train"])["text"]).save_pretrained(base)
+            make_model().save_pretrained(base)
         recipe = Recipe(
             model=str(base),
             task={"name": "language_modelling", "text": "text"},
@@ -110,23 +116,15 @@ def pretrain(data: Path, output: Path, epochs: float, *, bf16: bool = True, run:
             max_length=BLOCK,
             output_dir=str(folder),
         )
-        result = train(recipe, resume=run is not None)
-        model = AutoModelForCausalLM.from_pretrained(result.adapter, dtype=torch.bfloat16)
-        model.save_pretrained(output)
-        PreTrainedTokenizerFast.from_pretrained(result.adapter).save_pretrained(output)
-        figures = {
-            name: result.metrics[name]
-            for name in (
-                "before",
-                "after",
-                "total_parameters",
-                "steps",
-                "epochs",
-                "seconds_per_step",
-                "versions",
-                "seed",
-            )
-        }
+        result = train(recipe, resume=folder.exists())
+        return keep(result.adapter, result.metrics, output)
+
+
+def keep(trained: str | Path, metrics: Mapping[str, Any], output: Path) -> dict[str, Any]:
+    """Write the trained model in half precision, its tokenizer and the figures of its run; returns the figures."""
+    AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16).save_pretrained(output)
+    PreTrainedTokenizerFast.from_pretrained(trained).save_pretrained(output)
+    figures = {name: metrics[name] for name in FIGURES}
     (output / "pretraining.json").write_text(json.dumps(figures, indent=2) + "\n")
     return figures
 
@@ -137,10 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="the folder with the splits")
     parser.add_argument("--output", type=Path, default=MODEL, help="default: %(default)s")
     parser.add_argument("--epochs", type=float, default=6, help="default: %(default)s")
-    parser.add_argument("--run", type=Path, help="keep the run in this folder, and go on with one that is there")
+    parser.add_argument("--work", type=Path, help="keep the run in this folder, and go on with one that is there")
     parser.add_argument("--float32", action="store_true", help="no mixed precision")
     args = parser.parse_args(argv)
-    print(json.dumps(pretrain(args.data, args.output, args.epochs, bf16=not args.float32, run=args.run), indent=2))
+    print(json.dumps(pretrain(args.data, args.output, args.epochs, bf16=not args.float32, work=args.work), indent=2))
     return 0
 
 
