@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 
 from turnrow.analysis.ntk.factors import Batch, Outputs
-from turnrow.analysis.ntk.writing import replace_bytes
+from turnrow.analysis.writing import replace_bytes
 from turnrow.errors import UserError
 
 __all__ = ["FORMAT", "key_of", "read", "write"]

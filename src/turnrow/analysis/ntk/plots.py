@@ -5,29 +5,16 @@ Each function returns the picture as bytes and writes it where `path` is given, 
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from turnrow.analysis.ntk.measures import Kernel, class_mean, spectrum
-from turnrow.analysis.ntk.writing import replace_bytes
-from turnrow.errors import UserError, near_matches
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from turnrow.analysis.pictures import COLORS, LINES, Destination, finish, finished, new_figure
+from turnrow.errors import UserError
 
 __all__ = ["draw_distances", "draw_kernels", "draw_spectra"]
-
-_COLORS = ("#4269d0", "#e07a1f", "#2f9e6b", "#c2453a", "#8b5fbf", "#6b7785", "#b8860b", "#1f9bb4")
-_LINES = ("-", "--", ":", "-.")
-_GRID = "#d9dee5"
-_FORMATS = ("png", "svg")
-
-Destination = str | os.PathLike[str] | None
 
 
 def draw_kernels(
@@ -52,7 +39,7 @@ def draw_kernels(
     names, starts, counts = np.unique(values[order], return_index=True, return_counts=True)
     across = min(4, len(kernels))
     down = -(-len(kernels) // across)
-    figure = _figure(3.1 * across + 0.6, 3.2 * down)
+    figure = new_figure(3.1 * across + 0.6, 3.2 * down)
     grid = np.atleast_1d(figure.subplots(down, across, squeeze=False)).ravel()
     image: Any = None
     for axes, (name, kernel) in zip(grid, kernels.items(), strict=False):
@@ -74,25 +61,25 @@ def draw_kernels(
     bar = figure.colorbar(image, ax=list(grid), shrink=0.8, pad=0.02)
     bar.set_label("kernel / largest entry", fontsize=8)
     bar.ax.tick_params(labelsize=8, length=0)
-    return _finished(figure, path, kind)
+    return finished(figure, path, kind)
 
 
 def draw_spectra(kernels: Mapping[str, Kernel], path: Destination = None, *, kind: str | None = None) -> bytes:
     """Eigenvalues of kernels, each divided by the largest, on a logarithmic axis."""
     if not kernels:
         raise UserError("there are no kernels to draw: give at least one")
-    figure = _figure(7.5, 4.2)
+    figure = new_figure(7.5, 4.2)
     axes = figure.subplots()
     for number, (name, kernel) in enumerate(kernels.items()):
         values = spectrum(kernel)
         positive = values[values > values[0] * 1e-12] / values[0]
-        color, line = _COLORS[number % len(_COLORS)], _LINES[number // len(_COLORS) % len(_LINES)]
+        color, line = COLORS[number % len(COLORS)], LINES[number // len(COLORS) % len(LINES)]
         axes.plot(np.arange(1, len(positive) + 1), positive, line, color=color, linewidth=1.6, label=name)
     axes.set_yscale("log")
-    _finish(axes, "Eigenvalues, relative to the largest")
+    finish(axes, "Eigenvalues, relative to the largest")
     axes.set_xlabel("number", fontsize=9)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    return _finished(figure, path, kind)
+    return finished(figure, path, kind)
 
 
 def draw_distances(
@@ -106,50 +93,19 @@ def draw_distances(
     if not distances:
         raise UserError("there are no distances to draw: give at least one")
     groups = list(dict.fromkeys(group for row in distances.values() for group in row))
-    figure = _figure(7.5, 0.6 + 0.24 * len(distances) * (len(groups) + 0.8))
+    figure = new_figure(7.5, 0.6 + 0.24 * len(distances) * (len(groups) + 0.8))
     axes = figure.subplots()
     height = 0.8 / len(groups)
     for number, group in enumerate(groups):
         places = np.arange(len(distances)) + (number - (len(groups) - 1) / 2) * height
         values = [row.get(group, float("nan")) for row in distances.values()]
-        bars = axes.barh(places, values, height * 0.92, color=_COLORS[number % len(_COLORS)], label=group)
+        bars = axes.barh(places, values, height * 0.92, color=COLORS[number % len(COLORS)], label=group)
         axes.bar_label(bars, [f"{v:.3g}" if np.isfinite(v) else "" for v in values], padding=3, fontsize=8)
     axes.set_yticks(np.arange(len(distances)), list(distances), fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    _finish(axes, title)
+    finish(axes, title)
     axes.grid(False, axis="y")
     if len(groups) > 1:
         axes.legend(frameon=False, fontsize=9, loc="best")
-    return _finished(figure, path, kind)
-
-
-def _figure(width: float, height: float) -> Figure:
-    # A figure of its own, not pyplot's: no display, no global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _finish(axes: Any, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.tick_params(labelsize=9, length=0)
-    axes.grid(color=_GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in axes.spines.values():
-        side.set_visible(False)
-
-
-def _finished(figure: Figure, path: Destination, kind: str | None) -> bytes:
-    target = None if path is None else Path(path)
-    chosen = kind if kind is not None else "png" if target is None else target.suffix.removeprefix(".").lower()
-    if chosen not in _FORMATS:
-        raise UserError(f"a picture cannot be {chosen!r}; it must be png or svg{near_matches(chosen, _FORMATS)}")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=chosen)
-    if target is not None:
-        replace_bytes(target, buffer.getvalue())
-    return buffer.getvalue()
+    return finished(figure, path, kind)

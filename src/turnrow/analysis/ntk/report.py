@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +11,7 @@ import numpy as np
 from turnrow.analysis.ntk import plots
 from turnrow.analysis.ntk.kernels import TangentKernel
 from turnrow.analysis.ntk.measures import effective_dimension, label_alignment, relative_distance, spectrum
-from turnrow.analysis.ntk.writing import replace_bytes
+from turnrow.analysis.pages import write_page
 from turnrow.errors import UserError, near_matches
 
 __all__ = ["kernel_figures", "write_report"]
@@ -61,8 +58,6 @@ def write_report(
         reference: the kernel that the others are compared with.
         title, subtitle: shown on top.
     """
-    from jinja2 import Environment, StrictUndefined
-
     figures = kernel_figures(kernels, labels, reference)
     distances = {name: {p: row[p] for p in ("p = 1", "p = 2")} for name, row in figures.items() if name != reference}
     pictures = {
@@ -74,18 +69,13 @@ def write_report(
             else {}
         ),
     }
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(
-        files("turnrow.analysis.ntk").joinpath("report.html.j2").read_text(encoding="utf-8")
-    )
     n, _, c, _ = kernels[reference].train.shape
-    text = template.render(
-        title=title,
-        subtitle=subtitle,
-        reference=reference,
-        samples=n,
-        outputs=c,
-        figures=figures,
-        pictures={name: base64.b64encode(picture).decode("ascii") for name, picture in pictures.items()},
-    )
-    replace_bytes(Path(path), text.encode("utf-8"))
+    values = {
+        "title": title,
+        "subtitle": subtitle,
+        "reference": reference,
+        "samples": n,
+        "outputs": c,
+        "figures": figures,
+    }
+    write_page(path, "analysis/ntk/report.html.j2", values, pictures)
