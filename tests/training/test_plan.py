@@ -20,7 +20,8 @@ from turnrow.tasks import ClassificationTask
 from turnrow.training import Plan, Recipe, plan
 from turnrow.training.base import load_base
 from turnrow.training.live_bytes import LiveBytes
-from turnrow.training.planning.candidates import candidates, title
+from turnrow.training.methods import method_title
+from turnrow.training.planning.candidates import candidates
 from turnrow.training.planning.largest import LARGEST, largest_batch
 from turnrow.training.planning.optimizer import optimizer_bytes
 from turnrow.training.skeleton import load_skeleton
@@ -260,14 +261,14 @@ def test_eight_bit_states_take_a_byte_a_value_and_a_scale_a_block(tmp_path: Path
 
 
 def test_no_method_is_compared_twice_and_all_adapt_the_same_modules() -> None:
-    assert [title(method) for method in candidates({"name": "rocoft", "mode": "column", "r": 5})] == [
+    assert [method_title(method) for method in candidates({"name": "rocoft", "mode": "column", "r": 5})] == [
         "rocoft column r=5",
         "rocoft row r=5",
         "road road_1",
         "lora r=8",
         "full",
     ]
-    assert title(candidates({"name": "full"})[0]) == "full"
+    assert method_title(candidates({"name": "full"})[0]) == "full"
     assert len(candidates({"name": "full"})) == 5
     chosen = candidates({"name": "lora", "r": 8, "target_modules": ["query"]})
     assert len(chosen) == 5

@@ -25,7 +25,14 @@ FEW_SHOT_SEEDS = (13, 21, 42, 87, 100)
 
 
 def draw_few_shot(
-    data: Dataset, task: Task, k: int, seed: int, *, validation: bool = False, split: str = "train"
+    data: Dataset,
+    task: Task,
+    k: int,
+    seed: int,
+    *,
+    validation: bool = False,
+    split: str = "train",
+    option: str = "few_shot.k",
 ) -> tuple[Dataset, Dataset | None]:
     """Draw k rows of each class, and as many others for validation if asked.
 
@@ -39,6 +46,7 @@ def draw_few_shot(
         seed: another one gives another draw.
         validation: whether to draw a validation split too.
         split: named in errors.
+        option: what the user called k, for errors.
 
     Returns:
         The training split and the validation split, if any.
@@ -59,7 +67,7 @@ def draw_few_shot(
             f"{describe_split(data, split)}: {needed} different rows of each class are needed"
             f"{f' ({k} to train on, {k} for validation)' if validation else ''}, but there are "
             + ", ".join(f"{count} of class {name!r}" for name, count in short.items())
-            + "; lower few_shot.k"
+            + f"; lower {option}"
         )
     parts = [data.select([row for rows in drawn.values() for row in rows[part : part + k]]) for part in (0, k)]
     return parts[0], parts[1] if validation else None

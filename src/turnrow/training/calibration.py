@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from turnrow.errors import UserError
 from turnrow.selection import Selection, needs_data
 from turnrow.tasks import Task, make_task
 from turnrow.training.base import input_limit, load_base
+from turnrow.training.batches import collated, model_columns
 from turnrow.training.folder import RunFolder, write_text
 from turnrow.training.methods import apply_method
 from turnrow.training.quiet import without_dataset_bars
@@ -28,7 +27,7 @@ from turnrow.training.seeding import deterministic
 from turnrow.training.splits import read_training
 from turnrow.training.trainer import training_arguments
 
-__all__ = ["calibrate", "model_columns", "select_indices", "write_indices"]
+__all__ = ["calibrate", "select_indices", "write_indices"]
 
 log = logging.getLogger(__name__)
 
@@ -59,18 +58,10 @@ def calibrate(
     base: Any = model.get_base_model()
     base.to(args.device)
     rows = model_columns(encoded, model, task).select(_training_order(encoded, args)[:samples])
-    batches = _batches(rows, task.collator(tokenizer), args.per_device_train_batch_size)
+    batches = collated(rows, task.collator(tokenizer), args.per_device_train_batch_size)
     selection = select(model, batches, _ADAPTER)
     log.info("selected by %s on %s of %s training rows", config.selection, f"{len(rows):,}", f"{len(encoded):,}")
     return selection
-
-
-def model_columns(encoded: Dataset, model: PeftModel, task: Task) -> Dataset:
-    """The columns of `encoded` that the base model takes, as Trainer would leave them."""
-    columns = inspect.signature(model.get_base_model().forward).parameters
-    return encoded.select_columns(
-        [name for name in encoded.column_names if name in columns or name in task.label_names]
-    )
 
 
 def select_indices(recipe: Recipe, samples: int | None = None) -> Selection:
@@ -123,8 +114,3 @@ def _training_order(encoded: Dataset, args: TrainingArguments) -> list[int]:
     """The order of the rows in the first epoch: that of the sampler which Trainer, through accelerate, uses."""
     seed = args.seed if args.data_seed is None else args.data_seed
     return list(SeedableRandomSampler(encoded, data_seed=seed))
-
-
-def _batches(rows: Dataset, collate: Callable[[list[dict[str, Any]]], Any], size: int) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(rows), size):
-        yield dict(collate([rows[row] for row in range(start, min(start + size, len(rows)))]))

@@ -15,7 +15,7 @@ from turnrow.training.base import Base, head_modules
 from turnrow.training.options import check_names, check_options
 from turnrow.training.skeleton import Skeleton
 
-__all__ = ["apply_method", "check_method", "method_config", "method_names"]
+__all__ = ["apply_method", "check_method", "method_config", "method_names", "method_title"]
 
 _RESERVED = {
     "peft_type": "the method's name decides it",
@@ -118,6 +118,21 @@ def method_config(method: Mapping[str, Any]) -> PeftConfig | None:
     """The config that peft would get for `method`; None for ``full``, ``head`` and ``bitfit``, which are no methods of peft."""
     options = {key: value for key, value in method.items() if key != "name"}
     return None if method["name"] in _PLAIN else _config(method["name"], options)
+
+
+def method_title(method: Mapping[str, Any]) -> str:
+    """A short name of a `method` section, such as ``"rocoft row r=3"`` or ``"rocoft column r=1, wanda_max"``."""
+    config: Any = method_config(method)
+    name = str(method["name"])
+    if name == "rocoft":
+        if config.indices is not None:
+            return f"rocoft {config.mode} of given indices"
+        size = f"density={config.density}" if config.mode == "entry" else f"r={config.r}"
+        return f"rocoft {config.mode} {size}{'' if config.selection == 'first' else f', {config.selection}'}"
+    if name == "road":
+        return f"road {config.variant}"
+    rank = getattr(config, "r", None)
+    return f"{name} r={rank}" if rank else name
 
 
 def _config_classes() -> dict[str, type[PeftConfig]]:

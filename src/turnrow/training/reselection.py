@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from turnrow.errors import UserError
+from turnrow.training.batches import collated
 from turnrow.training.options import check_names
 from turnrow.tuners import check_reselection, move_optimizer_state, reselect
 
@@ -110,5 +111,4 @@ class Reselect(TrainerCallback):
     def _batches(self, step: int) -> list[dict[str, Any]]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step)
         chosen = torch.randperm(len(self._rows), generator=generator)[: self.settings.samples].tolist()
-        groups = [chosen[start : start + self._batch_size] for start in range(0, len(chosen), self._batch_size)]
-        return [dict(self._collate([self._rows[row] for row in group])) for group in groups]
+        return list(collated(self._rows.select(chosen), self._collate, self._batch_size))

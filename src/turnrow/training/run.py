@@ -20,7 +20,8 @@ from turnrow.adapters import whole_state_dict
 from turnrow.selection import Selection
 from turnrow.tasks import Task, make_task
 from turnrow.training.base import input_limit, load_base
-from turnrow.training.calibration import calibrate, model_columns
+from turnrow.training.batches import model_columns
+from turnrow.training.calibration import calibrate
 from turnrow.training.checkpoints import SealAndRotate, check_processes, discard_incomplete, last_complete
 from turnrow.training.folder import RunFolder, write_json, write_lines
 from turnrow.training.interrupt import Interrupted, StopOnInterrupt

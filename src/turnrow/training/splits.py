@@ -15,7 +15,7 @@ from turnrow.training.options import check_options
 if TYPE_CHECKING:
     from turnrow.training.recipe import Recipe
 
-__all__ = ["FewShot", "read_splits", "read_training"]
+__all__ = ["FewShot", "read_split", "read_splits", "read_training"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +54,13 @@ def read_splits(recipe: Recipe, task: Task) -> dict[str, Dataset]:
         UserError: a split cannot be read, or has too few rows of a class.
     """
     tables = read_training(recipe, task)
-    others = {name: _read(recipe, task, name) for name in recipe.data.splits if name not in tables}
+    others = {name: read_split(recipe, task, name) for name in recipe.data.splits if name not in tables}
     return tables | others
 
 
 def read_training(recipe: Recipe, task: Task) -> dict[str, Dataset]:
     """Read the training split alone, with the validation split if that is drawn from it."""
-    whole = _read(recipe, task, "train")
+    whole = read_split(recipe, task, "train")
     if recipe.data.few_shot is None:
         return {"train": whole}
     asked = FewShot.from_dict(recipe.data.few_shot)
@@ -69,5 +69,6 @@ def read_training(recipe: Recipe, task: Task) -> dict[str, Dataset]:
     return {"train": train} if validation is None else {"train": train, "validation": validation}
 
 
-def _read(recipe: Recipe, task: Task, name: str) -> Dataset:
+def read_split(recipe: Recipe, task: Task, name: str) -> Dataset:
+    """Read one split that the recipe names, whole, in the form of `task`."""
     return task.in_our_form(read_table(recipe.data.splits[name], name))

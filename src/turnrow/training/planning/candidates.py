@@ -8,7 +8,7 @@ from typing import Any
 
 from turnrow.training.methods import method_config
 
-__all__ = ["LORA_RANK", "candidates", "title"]
+__all__ = ["LORA_RANK", "candidates"]
 
 LORA_RANK = 8
 
@@ -45,19 +45,6 @@ def candidates(method: Mapping[str, Any]) -> list[dict[str, Any]]:
         if all(_kind(other) != _kind(known) for known in chosen):
             chosen.append(other)
     return chosen
-
-
-def title(method: Mapping[str, Any]) -> str:
-    """A short name, such as ``"rocoft row r=3"``."""
-    config: Any = method_config(method)
-    name = str(method["name"])
-    if name == "rocoft":
-        size = f"density={config.density}" if config.mode == "entry" else f"r={config.r}"
-        return f"rocoft {config.mode} {'of given indices' if config.indices is not None else size}"
-    if name == "road":
-        return f"road {config.variant}"
-    rank = getattr(config, "r", None)
-    return f"{name} r={rank}" if rank else name
 
 
 def _without_unknown(method: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from torch import nn
 
 from turnrow import count_parameters
 from turnrow.errors import UserError
-from turnrow.training.methods import apply_method
-from turnrow.training.planning.candidates import candidates, title
+from turnrow.training.methods import apply_method, method_title
+from turnrow.training.planning.candidates import candidates
 from turnrow.training.planning.figures import BatchForecast, MethodPlan, Plan
 from turnrow.training.planning.largest import largest_batch
 from turnrow.training.planning.optimizer import optimizer_bytes
@@ -31,6 +31,7 @@ def plan(
     batches: Sequence[int] | None = None,
     sequence: int | None = None,
     memory: int | None = None,
+    methods: Sequence[Mapping[str, Any]] | None = None,
     on_method: Callable[[str], None] = lambda title: None,
 ) -> Plan:
     """Forecast what a recipe's run takes in memory, and beside it its sibling methods, LoRA and full fine-tuning.
@@ -43,6 +44,7 @@ def plan(
         batches: rows on one device; by default the recipe's ``per_device_train_batch_size``.
         sequence: tokens a row; by default the longest input that the run would not cut.
         memory: bytes; each method then also gets the largest batch that fits.
+        methods: what to plan, as `method` sections that `check_method` returned; by default the recipe's own and those beside it.
         on_method: told the title of each method before it is computed.
 
     Raises:
@@ -52,16 +54,16 @@ def plan(
     _check_sizes(batches, sequence, memory)
     setting = Setting.of(recipe, sequence)
     sizes = list(dict.fromkeys(batches or [setting.args.per_device_train_batch_size]))
-    methods = []
-    for number, method in enumerate(candidates(recipe.method)):
-        on_method(title(method))
+    planned = []
+    for number, method in enumerate(candidates(recipe.method) if methods is None else methods):
+        on_method(method_title(method))
         try:
             with quick_collections():
-                methods.append(_plan_method(method, setting, sizes, memory))
+                planned.append(_plan_method(method, setting, sizes, memory))
         except UserError as error:
             if number == 0:
                 raise
-            methods.append(MethodPlan(title=title(method), method=method, note=str(error)))
+            planned.append(MethodPlan(title=method_title(method), method=dict(method), note=str(error)))
     return Plan(
         model=recipe.model,
         labels=setting.labels,
@@ -74,7 +76,7 @@ def plan(
         micro_steps=setting.args.gradient_accumulation_steps,
         optimizer=str(getattr(setting.args.optim, "value", setting.args.optim)),
         memory=memory,
-        methods=tuple(methods),
+        methods=tuple(planned),
         notes=setting.notes,
     )
 
@@ -123,7 +125,7 @@ def _plan_method(method: Mapping[str, Any], setting: Setting, sizes: Sequence[in
         reason = str(error).splitlines()[0].removesuffix(".")
         notes.append(f"no forecast of the step, which cannot run without values: {reason}")
     return MethodPlan(
-        title=title(method),
+        title=method_title(method),
         method=dict(method),
         trainable_parameters=count.trainable,
         total_parameters=count.total,
