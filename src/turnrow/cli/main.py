@@ -20,6 +20,7 @@ __all__ = ["main"]
 
 _COMMANDS = (
     "train",
+    "probe",
     "plan",
     "select",
     "evaluate",

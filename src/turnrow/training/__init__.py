@@ -15,6 +15,7 @@ from turnrow.training.recipe import DataFiles, Recipe
 if TYPE_CHECKING:
     from turnrow.training.interrupt import Interrupted
     from turnrow.training.planning import Plan, plan
+    from turnrow.training.probing import Probe, draw_probe, probe, write_probe
     from turnrow.training.run import RunResult, train
     from turnrow.training.saved import evaluate_adapter, load_saved, predict
 
@@ -22,13 +23,17 @@ __all__ = [
     "DataFiles",
     "Interrupted",
     "Plan",
+    "Probe",
     "Recipe",
     "RunResult",
+    "draw_probe",
     "evaluate_adapter",
     "load_saved",
     "plan",
     "predict",
+    "probe",
     "train",
+    "write_probe",
 ]
 
 # Trainer pulls in datasets and pandas; whoever only reads a recipe does not wait for them.
@@ -36,6 +41,7 @@ _LAZY = {
     "Interrupted": "turnrow.training.interrupt",
     "Plan": "turnrow.training.planning",
     "plan": "turnrow.training.planning",
+    **dict.fromkeys(("Probe", "draw_probe", "probe", "write_probe"), "turnrow.training.probing"),
     "RunResult": "turnrow.training.run",
     "train": "turnrow.training.run",
     "evaluate_adapter": "turnrow.training.saved",
