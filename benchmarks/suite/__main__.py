@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("suite", nargs="?", help=f"one of {', '.join(suite_names())}")
     parser.add_argument("--tasks", nargs="+", help="default: all")
     parser.add_argument("--groups", nargs="+", help="default: all")
+    parser.add_argument("--methods", nargs="+", help="by the names in the suite's file; default: all")
     parser.add_argument("--data", type=Path, help="the folder with the tasks' folders")
     parser.add_argument("--workers", type=int, default=1, help="cells at once, through Ray; default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for each; default: %(default)s")
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{args.action} needs the name of a suite: {', '.join(suite_names())}")
     try:
         suite = load_suite(args.suite)
-        cells = list(suite.cells(_tuple(args.tasks), _tuple(args.groups)))
+        cells = list(suite.cells(_tuple(args.tasks), _tuple(args.groups), _tuple(args.methods)))
         if args.action == "cost":
             torch.set_num_threads(args.threads)
             print(measure_costs(suite, device=args.device, rounds=args.rounds))

@@ -79,17 +79,24 @@ class Suite:
             rates,
         )
 
-    def cells(self, tasks: tuple[str, ...] | None = None, groups: tuple[str, ...] | None = None) -> Iterator[Cell]:
-        """Every cell once, task by task in the order of the file.
+    def cells(
+        self,
+        tasks: tuple[str, ...] | None = None,
+        groups: tuple[str, ...] | None = None,
+        names: tuple[str, ...] | None = None,
+    ) -> Iterator[Cell]:
+        """Every cell once, task by task in the order of the file; of all tasks, groups and methods, or of those named.
 
         Raises:
-            UserError: there is no such task or group.
+            UserError: there is no such task, group or method.
         """
         _check(tasks or (), self.tasks, f"suite {self.name!r} has no task")
         _check(groups or (), self.groups, f"suite {self.name!r} has no group")
+        known = {name: fields for _, name, fields in self.methods(groups)}
+        _check(names or (), tuple(known), f"suite {self.name!r} has no method")
         for task in tasks or self.tasks:
-            for _, _, method in self.methods(groups):
-                yield self.cell(task, method)
+            for name in names or known:
+                yield self.cell(task, known[name])
 
     def methods(self, groups: tuple[str, ...] | None = None) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
         """Every method once, by the first group and name that it has: (group, name, fields)."""

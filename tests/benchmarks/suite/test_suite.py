@@ -38,6 +38,12 @@ def test_tasks_and_groups_can_be_chosen_and_unknown_ones_are_refused() -> None:
         list(suite.cells(("rtee",)))
     with pytest.raises(UserError, match="suite 'minilm' has no group 'Road'.*did you mean 'RoAd'"):
         list(suite.cells(None, ("Road",)))
+    assert [cell.fields["method"]["name"] for cell in suite.cells(("rte",), None, ("RoAd1", "full"))] == [
+        "road",
+        "full",
+    ]
+    with pytest.raises(UserError, match="suite 'minilm' has no method 'RoAd3'"):
+        list(suite.cells(None, None, ("RoAd3",)))
     with pytest.raises(UserError, match="there is no suite 'minilmm'; there are ablations, .*did you mean 'minilm'"):
         load_suite("minilmm")
 

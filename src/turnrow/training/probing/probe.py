@@ -58,7 +58,7 @@ def probe(
     *,
     methods: Sequence[Mapping[str, Any]] | None = None,
     shots: int = 16,
-    draws: int = 3,
+    draws: int | Sequence[int] = 3,
     rows: int = 200,
     measure_steps: bool = True,
     block_bytes: int = 2**31,
@@ -74,7 +74,7 @@ def probe(
         recipe: as for `train`, of a classification or of classes by a prompt; its own method is one of those compared.
         methods: `method` sections to compare instead; the kernel of full fine-tuning is always there to measure distances from.
         shots: training rows of each class in a draw.
-        draws: how many; their spread says how far to trust a difference.
+        draws: how many, or the seed of each; their spread says how far to trust a difference.
         rows: held-out rows to score on: of the validation split if the recipe names one, else other rows of the training split.
         measure_steps: time a training step of each method on a batch of the recipe's size.
         block_bytes: see `turnrow.analysis.ntk.tangent_kernels`.
@@ -85,7 +85,9 @@ def probe(
             that cannot be probed has a note instead.
     """
     _check_number("shots", shots, 2)  # of one there is no cross-validation
-    _check_number("draws", draws, 1)
+    if not isinstance(draws, Sequence):
+        _check_number("draws", draws, 1)
+        draws = range(recipe.seed, recipe.seed + draws)
     _check_number("rows", rows, 1)
     start = time.perf_counter()
     with deterministic(recipe.seed):
@@ -97,10 +99,9 @@ def probe(
         model: Any = source.base.model
         model.to(args.device).eval()
         compared = _methods(recipe, methods, function)
-        seeds = tuple(recipe.seed + number for number in range(draws))
         starts, samples = [], None
-        for number, seed in enumerate(seeds):
-            on_stage(f"draw {number + 1} of {draws}: kernels of {len(compared)} methods")
+        for number, seed in enumerate(draws, start=1):
+            on_stage(f"draw {number} of {len(draws)}: kernels of {len(compared)} methods")
             samples = draw(source, shots, rows, seed, _BATCH)
             starts.append(_one_draw(source, function, samples, compared, block_bytes))
         assert samples is not None
@@ -131,7 +132,7 @@ def probe(
         shots=shots,
         held_rows=len(samples[1].classes),
         held_from=source.held_from,
-        seeds=seeds,
+        seeds=tuple(draws),
         start_scores=tuple(starts),
         batch=size,
         sequence=tokens,
