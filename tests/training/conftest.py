@@ -10,9 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 from turnrow.training import Recipe
+
+from ..tasks.seeing import llava_processor
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -57,6 +68,24 @@ def headed_base(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path
     BertForSequenceClassification(tiny_config(len(tiny_tokenizer), num_labels=3)).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_llava(folder: Path, positions: int = 64) -> str:
+    """A tiny LLaVA with its processor, saved in `folder`."""
+    processor = llava_processor()
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(processor.tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+            max_position_embeddings=positions, bos_token_id=0, eos_token_id=1,
+        ),
+        image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture

@@ -16,8 +16,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests.tasks.pictures import write_png
+from tests.training.conftest import save_llava
 from tests.training.test_generation import byte_tokenizer
-from turnrow.tasks import ExtractiveQATask, GenerationTask, Task, make_task
+from turnrow.tasks import ExtractiveQATask, GenerationTask, Task, VisualInstructionTask, make_task
 from turnrow.tasks.sequence import SequenceTask
 from turnrow.training import Recipe, train
 
@@ -29,8 +31,8 @@ def test_there_are_recipes() -> None:
     assert {"sst2", "rte", "stsb", "demo-head", "demo-rocoft", "demo-full"} <= {path.stem for path in RECIPES}
 
 
-def rows_for(task: Task) -> list[dict[str, Any]]:
-    """A few rows in the form that a task reads."""
+def rows_for(task: Task, folder: Path) -> list[dict[str, Any]]:
+    """A few rows in the form that a task reads; pictures lie in `folder`."""
     text = "the film was good"
     if isinstance(task, SequenceTask):
         labels: list[object] = [0.5, 4.0] if task.name == "regression" else [0, 1]
@@ -39,6 +41,10 @@ def rows_for(task: Task) -> list[dict[str, Any]]:
         answers = {"text": ["good"], "answer_start": [text.index("good")]}
         row = {"id": "a", "title": "", "context": text, "question": "how was the film ?", "answers": answers}
         return [row | {"id": str(number)} for number in range(6)]
+    if isinstance(task, VisualInstructionTask):
+        write_png(folder, "red")
+        turns = [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": "red"}]
+        return [{"image": "red.png", "conversations": turns}] * 6
     assert isinstance(task, GenerationTask)
     gold = {"arithmetic": "3", "multiple_choice": (getattr(task, "labels", None) or ["true"])[0]}.get(task.name, text)
     row = dict.fromkeys(task.columns(), text) | dict.fromkeys(task.gold_columns(), gold)
@@ -56,6 +62,8 @@ def small_base(tmp_path: Path, tiny_base: Path, tiny_tokenizer: PreTrainedTokeni
         if auto_model == "AutoModelForCausalLM":
             layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
             LlamaForCausalLM(LlamaConfig(**sizes, **layers)).save_pretrained(folder)
+        elif auto_model == "AutoModelForImageTextToText":
+            return Path(save_llava(folder))
         elif auto_model == "AutoModelForSeq2SeqLM":
             layers = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
             widths = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
@@ -78,7 +86,7 @@ def test_a_shipped_recipe_runs(
 ) -> None:
     recipe = Recipe.from_yaml(path).to_dict()
     task = make_task(**recipe["task"])
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_for(task)))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_for(task, tmp_path)))
     recipe["data"] = {split: str(tmp_path / "rows.jsonl") for split in ("train", "validation", "test")}
     quick = {"max_steps": 1, "per_device_train_batch_size": 3, "use_cpu": True, "disable_tqdm": True, "bf16": False}
     # Checkpoints, picture and page are the same for every recipe, and take longer than these models' training.
@@ -92,7 +100,7 @@ def test_a_shipped_recipe_runs(
         # The tiny bases have fewer features than a group of RoAd by default.
         recipe["method"]["group_size"] = 2
     # Its own length is for models with as many positions.
-    length = 1000 if isinstance(task, GenerationTask) else 16
+    length = 1000 if isinstance(task, GenerationTask) else 64 if isinstance(task, VisualInstructionTask) else 16
     changed = {"model": str(small_base(task.auto_model)), "max_length": length, "output_dir": str(tmp_path / "run")}
     assert train(Recipe.from_dict(recipe | changed)).metrics["steps"] == 1
 

@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from turnrow.errors import UserError
 from turnrow.training import evaluate_adapter, predict, train
 
 from ..tasks.pictures import COLOURS, picture, write_png
-from ..tasks.seeing import llava_processor
-from .conftest import MakeRecipe
+from .conftest import MakeRecipe, save_llava
 
 TASK: dict[str, Any] = {"name": "visual_instruction", "generation": {"max_new_tokens": 6}}
 QUESTION = {"from": "human", "value": "<image>\nColour?"}
@@ -24,20 +22,7 @@ QUESTION = {"from": "human", "value": "<image>\nColour?"}
 
 @pytest.fixture
 def tiny_llava(tmp_path: Path) -> str:
-    processor = llava_processor()
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(processor.tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-            max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
-        ),
-        image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
-    )  # fmt: skip
-    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "llava")
-    processor.save_pretrained(tmp_path / "llava")
-    return str(tmp_path / "llava")
+    return save_llava(tmp_path / "llava")
 
 
 @pytest.fixture
