@@ -4,6 +4,10 @@
 PYTHON  ?= python3
 # Test processes, one thread each. Each holds about 1 GB.
 WORKERS ?= 2
+# Of `make bench-suite`.
+SUITE   ?= minilm
+DATA    ?= data
+THREADS ?= 1
 
 VENV   := .venv
 OLDEST := .venv-oldest
@@ -16,7 +20,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test coverage test-oldest lint format types bench docs check clean
+.PHONY: help install demo test coverage test-oldest lint format types bench bench-suite docs check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +54,10 @@ types: $(VENV)/.installed  ## static types
 
 bench: $(VENV)/.installed  ## measure the cost of a training step against the frozen model's
 	@$(BIN)/python -m benchmarks.step_cost
+
+bench-suite: $(VENV)/.installed  ## real fine-tunings of every method: SUITE=minilm, ablations or small_llama, DATA=the folder of the data sets
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.suite run $(SUITE) --data $(DATA) --threads $(THREADS)
+	@$(BIN)/python -m benchmarks.suite report
 
 docs: $(VENV)/.installed-docs  ## the documentation as HTML in build/docs
 	@$(BIN)/sphinx-build -W --keep-going --quiet -b html docs build/docs
