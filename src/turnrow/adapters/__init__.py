@@ -8,6 +8,14 @@ from __future__ import annotations
 from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.adapters.algebra import Composition, Regrouping, compose, interpolate, regroup, scale, subtract
 from turnrow.adapters.base_model import load_base, load_for_task, load_processor, skeleton
+from turnrow.adapters.changes import (
+    ModelChanges,
+    WeightChange,
+    adapter_changes,
+    merged_changes,
+    model_changes,
+    reads_without_base,
+)
 from turnrow.adapters.extraction import Extraction, extract_adapter
 from turnrow.adapters.inspection import AdapterSummary, ModuleSummary, inspect_adapter
 from turnrow.adapters.loading import load_adapter
@@ -37,10 +45,13 @@ __all__ = [
     "Extraction",
     "MergePlan",
     "MergeResult",
+    "ModelChanges",
     "ModuleSummary",
     "Regrouping",
     "RoadExport",
     "RoadImport",
+    "WeightChange",
+    "adapter_changes",
     "broken_rules",
     "compose",
     "export_lora",
@@ -56,10 +67,13 @@ __all__ = [
     "max_lora_rank",
     "merge_adapter",
     "merge_files",
+    "merged_changes",
+    "model_changes",
     "needed_package",
     "plan_merge",
     "quantization_config",
     "read_adapter",
+    "reads_without_base",
     "regroup",
     "save_adapter",
     "scale",

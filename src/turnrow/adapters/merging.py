@@ -21,7 +21,7 @@ from turnrow.adapters.writing import new_folder
 from turnrow.errors import UserError
 from turnrow.ops.rounding import MergeCost
 
-__all__ = ["MergeResult", "merge_adapter"]
+__all__ = ["MergeResult", "layer_values", "merge_adapter"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _merge_layers(model: PeftModel) -> tuple[dict[str, tuple[float, float]], dic
         if not isinstance(layer, BaseTunerLayer) or not layer.adapter_layer_names:
             continue  # a module with fused experts leaves it to the layers of its weights
         # nothing has run through the model since the adapter was loaded, so even a RoCoFT layer still holds W0
-        before = _values(layer)
+        before = layer_values(layer)
         layer.merge()
         cost = getattr(layer, "merge_cost", None)
         if cost is not None:
@@ -112,7 +112,7 @@ def _merge_layers(model: PeftModel) -> tuple[dict[str, tuple[float, float]], dic
         if before is None:
             unread.append(name)
             continue
-        after = _values(layer, copy=False) or {}
+        after = layer_values(layer, copy=False) or {}
         change = _norm({key: after[key].float() - before[key].float() for key in before})
         if not math.isfinite(change):
             raise UserError(f"merging gives NaN or infinite values in {name!r}: load the base in a wider dtype")
@@ -128,7 +128,7 @@ def _unload(model: PeftModel) -> PreTrainedModel:
         return model.merge_and_unload()
 
 
-def _values(layer: BaseTunerLayer, *, copy: bool = True) -> dict[str, torch.Tensor] | None:
+def layer_values(layer: BaseTunerLayer, *, copy: bool = True) -> dict[str, torch.Tensor] | None:
     """Weight and bias under an adapter layer; None where the weight is quantized and the layer does not read it."""
     base = layer.get_base_layer()
     parameters = {key: p.detach() for key, p in base.named_parameters(recurse=False) if is_plain(p)}

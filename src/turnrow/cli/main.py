@@ -27,6 +27,7 @@ _COMMANDS = (
     "predict",
     "tasks",
     "inspect",
+    "explain",
     "compose",
     "scale",
     "subtract",

@@ -32,6 +32,7 @@ __all__ = [
     "parameter_size",
     "parameters",
     "places",
+    "polar",
     "prepare",
     "product",
     "rotate",
@@ -258,6 +259,20 @@ def parameters(blocks: Blocks) -> tuple[Tensor, Tensor]:
     c1, s1, c2, s2 = blocks
     c, s = torch.stack((c1, c2), dim=-2), torch.stack((s1, s2), dim=-2)
     return torch.atan2(s, c).flatten(), torch.hypot(c, s).flatten()
+
+
+def polar(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+    """How far a block turns, and how much it scales along its two axes: its nearest rotation, and its singular values.
+
+    Of road_1 these are theta and |alpha|, but for full turns (and half a turn where alpha is negative).
+
+    Returns:
+        (angle, larger, smaller), each (..., out / g, g / 2): angle in rad from -pi to pi. Of a block that reflects, `smaller` is negative.
+    """
+    c1, s1, c2, s2 = blocks
+    # [[c1, -s1], [s2, c2]] is the sum of a scaled rotation and a scaled reflection, of lengths p and q.
+    p, q = torch.hypot(c1 + c2, s1 + s2) / 2, torch.hypot(c1 - c2, s2 - s1) / 2
+    return torch.atan2(s1 + s2, c1 + c2), p + q, p - q
 
 
 def diagonal(blocks: Blocks) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from turnrow.analysis.displacement.measures import magnitude_change, turn
-from turnrow.analysis.displacement.states import evaluating, paired_states
+from turnrow.analysis.displacement.states import StatePair, evaluating, paired_states
 from turnrow.analysis.displacement.streaming import RunningNumbers, Summary
 from turnrow.analysis.displacement.tokens import KINDS, TokenKind, kinds_of, real_tokens
 from turnrow.errors import UserError
@@ -66,6 +66,7 @@ def displacement(
     base: nn.Module | None = None,
     *,
     special_ids: Collection[int] = (),
+    on_batch: Callable[[Mapping[str, Tensor], TokenDisplacement], None] | None = None,
 ) -> Displacement:
     """Compare the hidden states of a model with those of its base, over any number of texts.
 
@@ -76,6 +77,7 @@ def displacement(
         batches: inputs of the model, as the tokenizer makes them (`input_ids`, `attention_mask`, ...).
         base: the model before. None, for a peft model: itself without its adapter.
         special_ids: the tokenizer's `all_special_ids`; without them every token counts as content.
+        on_batch: called with each batch and what `token_displacement` would say of it.
 
     Raises:
         UserError: as `paired_states`; there are no batches.
@@ -86,18 +88,22 @@ def displacement(
     texts = undefined = 0
     with evaluating(adapted, base):
         for batch in batches:
+            tokens: list[_OfLayer] = []
             size = 0
             for pair in paired_states(adapted, base, batch):
-                real = real_tokens(batch, _shape(pair.adapted), mask=pair.mask_name)
-                longer, turned = (f(pair.adapted, pair.base).cpu() for f in (magnitude_change, turn))
-                defined = longer.isfinite() & turned.isfinite()
-                undefined += int((real & ~defined).sum())
-                for kind, chosen in kinds_of(real, batch.get(pair.ids_name), special_ids).items():
+                one = _of_layer(pair, batch)
+                defined = one.magnitude.isfinite() & one.turn.isfinite()
+                undefined += int((one.real & ~defined).sum())
+                for kind, chosen in kinds_of(one.real, batch.get(pair.ids_name), special_ids).items():
                     magnitudes, turns = found[pair.layer][kind]
-                    magnitudes.add(longer[chosen & defined])
-                    turns.add(turned[chosen & defined])
-                size = len(real)
+                    magnitudes.add(one.magnitude[chosen & defined])
+                    turns.add(one.turn[chosen & defined])
+                size = len(one.real)
+                if on_batch is not None and pair.ids_name == "input_ids":
+                    tokens.append(one)
             texts += size
+            if on_batch is not None:
+                on_batch(batch, _joined(tokens))
     if not texts:
         raise UserError("there are no texts to compare the models on: give at least one batch")
     return Displacement(
@@ -122,17 +128,32 @@ def token_displacement(
     Raises:
         UserError: as `paired_states`.
     """
-    layers, magnitudes, turns = [], [], []
     with evaluating(adapted, base):
-        for pair in paired_states(adapted, base, batch):
-            if pair.ids_name != "input_ids":
-                continue
-            real = real_tokens(batch, _shape(pair.adapted), mask=pair.mask_name)
-            layers.append(pair.layer)
-            magnitudes.append(torch.where(real, magnitude_change(pair.adapted, pair.base).cpu(), torch.nan))
-            turns.append(torch.where(real, turn(pair.adapted, pair.base).cpu(), torch.nan))
-    return TokenDisplacement(layers, torch.stack(magnitudes), torch.stack(turns))
+        pairs = paired_states(adapted, base, batch)
+        return _joined([_of_layer(pair, batch) for pair in pairs if pair.ids_name == "input_ids"])
 
 
-def _shape(states: Tensor) -> tuple[int, int]:
-    return states.shape[0], states.shape[1]
+@dataclass(frozen=True, eq=False)
+class _OfLayer:
+    layer: str
+    real: Tensor
+    """(B, T) bool: what is no padding."""
+    magnitude: Tensor
+    """(B, T), NaN for padding."""
+    turn: Tensor
+    """(B, T), NaN for padding."""
+
+
+def _of_layer(pair: StatePair, batch: Mapping[str, Tensor]) -> _OfLayer:
+    x, x0 = pair.adapted, pair.base
+    real = real_tokens(batch, (x.shape[0], x.shape[1]), mask=pair.mask_name)
+    longer, turned = (torch.where(real, measure(x, x0).cpu(), torch.nan) for measure in (magnitude_change, turn))
+    return _OfLayer(pair.layer, real, longer, turned)
+
+
+def _joined(layers: Sequence[_OfLayer]) -> TokenDisplacement:
+    return TokenDisplacement(
+        [one.layer for one in layers],
+        torch.stack([one.magnitude for one in layers]),
+        torch.stack([one.turn for one in layers]),
+    )

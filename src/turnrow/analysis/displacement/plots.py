@@ -89,8 +89,8 @@ def draw_tokens(
 
 
 def _name_layers(axes: Any, names: Sequence[str]) -> None:
-    """At most a dozen names, shortened to their number where all are layers of one stack."""
-    short = [name.removeprefix("layer ") for name in names]
+    """At most a dozen names, shortened to their number where all are layers of one stack; 0 are the embeddings."""
+    short = ["0" if name == "embeddings" else name.removeprefix("layer ") for name in names]
     each = -(-len(names) // 14)
     axes.set_xticks(range(0, len(names), each), short[::each], fontsize=8)
     if max(map(len, short)) > 10:
