@@ -51,3 +51,27 @@ def test_no_r_of_another_group_size_is_nearer_than_the_diagonal(out, variant, se
     least = torch.linalg.matrix_norm(matrix - matrix.diagonal().diag())
     step = data.draw(st.sampled_from([0.0, 1e-3, 0.1, 1.0])) * dense(blocks_of(out, other, "road_4", seed + 1))
     assert torch.linalg.matrix_norm(matrix - matrix.diagonal().diag() - step) >= least
+
+
+@given(CASES, VARIANTS, st.integers(0, 99))
+def test_polar_is_the_nearest_rotation_and_the_singular_values_of_each_block(case, variant, seed):
+    blocks = blocks_of(*case, variant, seed)
+    c1, s1, c2, s2 = (entry.flatten() for entry in blocks)
+    matrices = torch.stack((c1, -s1, s2, c2), dim=-1).view(-1, 2, 2)
+    angle, larger, smaller = (values.flatten() for values in pairs.polar(blocks))
+    u, values, v = torch.linalg.svd(matrices)
+    torch.testing.assert_close(torch.stack((larger, smaller.abs()), dim=-1), values)
+    torch.testing.assert_close(larger * smaller, torch.linalg.det(matrices))
+    turns = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), dim=-1).view(-1, 2, 2)
+    # The orthogonal matrix nearest to one of positive determinant (Procrustes).
+    torch.testing.assert_close(turns[smaller > 1e-9], (u @ v)[smaller > 1e-9])
+    if variant == "road_1":
+        torch.testing.assert_close(larger, smaller)
+
+
+def test_golden_polar():
+    theta, alpha = torch.tensor([0.5, -3.0]), torch.tensor([2.0, 0.25])
+    angle, larger, smaller = pairs.polar(pairs.coefficients("road_1", 2, theta, alpha))
+    torch.testing.assert_close(angle.flatten(), theta)
+    torch.testing.assert_close(larger.flatten(), alpha)
+    torch.testing.assert_close(smaller.flatten(), alpha)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -34,7 +35,18 @@ def explain(args: argparse.Namespace, report: Report) -> Explanation:
     is_model = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
     if args.no_base and _asks_for_texts(args):
         raise UserError("--no-base leaves no model to run texts through: leave one of them out")
+    _check_texts(args, folder)
     return _of_model(args, report) if is_model else _of_adapter(args, report)
+
+
+def _check_texts(args: argparse.Namespace, folder: Path) -> None:
+    """What can be refused is refused before a large model is loaded."""
+    if args.texts:
+        _lines(args.texts)
+    if args.data and folder.is_dir() and not (folder / "task.json").is_file():
+        raise UserError(
+            f"--data reads rows by the task that turnrow train saves beside an adapter, and {folder} has no task.json: give --texts FILE"
+        )
 
 
 def _of_adapter(args: argparse.Namespace, report: Report) -> Explanation:
@@ -152,54 +164,65 @@ def _run_texts(
     from turnrow.analysis.displacement import displacement
     from turnrow.analysis.explain import TokenRanking
 
-    tokenizer, batches = _batches(args, folder, location)
+    tokenizer = _tokenizer(folder, location)
+    batches = _of_data(args, folder, tokenizer) if args.data else _of_texts(args, tokenizer, adapted)
     ranking = TokenRanking(lambda token: _word(tokenizer, token))
     report("running the texts with it and without it")
-    found = displacement(adapted, batches, base, special_ids=tokenizer.all_special_ids, on_batch=ranking.add)
+    found = displacement(
+        adapted, _for_decoder(batches, adapted), base, special_ids=tokenizer.all_special_ids, on_batch=ranking.add
+    )
     return found, ranking
 
 
-def _batches(args: argparse.Namespace, folder: Path, location: str) -> tuple[Any, Iterator[Mapping[str, Tensor]]]:
-    """The tokenizer, and the texts as inputs of the model."""
+def _tokenizer(folder: Path, location: str) -> Any:
     from turnrow.adapters import load_processor
-    from turnrow.tasks import tokenizer_of
+    from turnrow.tasks import ready_to_pad, tokenizer_of
 
     tokenizer = tokenizer_of(load_processor(str(folder)) or load_processor(location))
     if tokenizer is None:
         raise UserError(f"neither {folder} nor the base has a tokenizer to read texts with")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, _of_data(args, folder, tokenizer) if args.data else _of_texts(args, tokenizer)
+    return ready_to_pad(tokenizer)
 
 
-def _of_texts(args: argparse.Namespace, tokenizer: Any) -> Iterator[Mapping[str, Tensor]]:
-    texts = args.text or _lines(args.texts)
-    texts = texts[: args.rows]
+def _of_texts(args: argparse.Namespace, tokenizer: Any, model: Any) -> Iterator[Mapping[str, Tensor]]:
+    from turnrow.tasks import resolve_max_length
+    from turnrow.training.base import position_limit
+
+    limit = min(resolve_max_length(tokenizer, None), position_limit(model) or sys.maxsize)
+    texts = (args.text or _lines(args.texts))[: args.rows]
     for start in range(0, len(texts), args.batch_size):
-        yield dict(
-            tokenizer(texts[start : start + args.batch_size], padding=True, truncation=True, return_tensors="pt")
-        )
+        some = texts[start : start + args.batch_size]
+        yield dict(tokenizer(some, padding=True, truncation=True, max_length=limit, return_tensors="pt"))
 
 
 def _of_data(args: argparse.Namespace, folder: Path, tokenizer: Any) -> Iterator[Mapping[str, Tensor]]:
     """Rows as the task of the adapter encodes them."""
     from turnrow.tasks import read_table
     from turnrow.training.quiet import without_dataset_bars
-    from turnrow.training.saved import saved_task
+    from turnrow.training.saved import saved_max_length, saved_task
 
-    if not (folder / "task.json").is_file():
-        raise UserError(
-            f"--data reads rows by the task that turnrow train saves beside an adapter, and {folder} has no task.json: give --texts FILE"
-        )
     task = saved_task(folder)
+    if task.preparer != "AutoTokenizer":
+        raise UserError(
+            f"the adapter in {folder} was trained on images, and only texts can be compared: give --text or --texts"
+        )
     table = task.in_our_form(read_table(args.data, args.split))
     table = table.select(range(min(args.rows, len(table))))
     with without_dataset_bars():
-        encoded = task.encode(table, tokenizer, split="predict")
+        encoded = task.encode(table, tokenizer, saved_max_length(folder), split="predict")
     names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded.column_names]
     rows = iter(encoded.select_columns(names))
     while chunk := list(islice(rows, args.batch_size)):
         yield dict(tokenizer.pad(chunk, return_tensors="pt"))
+
+
+def _for_decoder(batches: Iterable[Mapping[str, Tensor]], model: Any) -> Iterator[Mapping[str, Tensor]]:
+    """With the token that a decoder starts from, of a model that reads by an encoder."""
+    start = getattr(model.config, "decoder_start_token_id", None)
+    for batch in batches:
+        if getattr(model.config, "is_encoder_decoder", False) and start is not None:
+            batch = {**batch, "decoder_input_ids": batch["input_ids"].new_full((len(batch["input_ids"]), 1), start)}
+        yield batch
 
 
 def _lines(path: str) -> list[str]:

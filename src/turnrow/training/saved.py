@@ -37,6 +37,7 @@ __all__ = [
     "predict",
     "prediction_rows",
     "save_run",
+    "saved_max_length",
     "saved_task",
     "write_predictions",
 ]
@@ -139,6 +140,12 @@ def load_saved(path: str | Path, model: str | None = None) -> SavedModel:
 def saved_task(path: str | Path) -> Task:
     """The task of a saved adapter, without loading any weights."""
     return task_from_dict(_read_description(Path(path))["task"])
+
+
+def saved_max_length(path: str | Path) -> int | None:
+    """The longest input of a saved adapter in tokens, without loading any weights; None of images."""
+    length: int | None = _read_description(Path(path))["max_length"]
+    return length
 
 
 def evaluate_adapter(

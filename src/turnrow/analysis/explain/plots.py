@@ -186,13 +186,14 @@ def _layer_names(layers: Sequence[int | None]) -> list[str]:
 
 
 def _log(axes: Any) -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5."""
+    """A logarithmic axis with plain numbers, at 1, 2 and 5 where it is short."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    named = "125" if high / low < 1_000 else "1"
 
     def name(value: float, place: object) -> str:
-        first = f"{value:e}"[0] if value > 0 else ""
-        return f"{value:g}" if first in ("1", "2", "5") else ""
+        return f"{value:g}" if value > 0 and f"{value:e}"[0] in named else ""
 
-    axes.set_yscale("log")
     axes.yaxis.set_major_formatter(name)
     axes.yaxis.set_minor_formatter(name)
     axes.tick_params(axis="y", which="minor", labelsize=8, length=0)
