@@ -11,7 +11,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 EXAMPLE = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["displacement", "interchange"])
+@pytest.mark.parametrize("page", ["displacement", "explain", "interchange"])
 def test_the_example_prints_what_the_page_says(page: str, capsys: pytest.CaptureFixture) -> None:
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     if "package:" in text:

@@ -180,6 +180,23 @@ def test_what_cannot_be_compared_is_refused(model, batch) -> None:
         displacement(_Silent(), [batch], _Silent())
 
 
+def test_one_token_without_a_direction_takes_no_other_with_it() -> None:
+    x0 = torch.tensor([[[1.0, 0], [0, 0], [0, 2]]])
+    found = displacement(_Says(x0.flip(-1)), [{"input_ids": torch.tensor([[5, 6, 7]])}], _Says(x0))
+    assert found.undefined == 1
+    moved = found.layers["embeddings"]["all"]
+    assert (moved.turn.count, moved.turn.mean, moved.magnitude.mean) == (2, 1, 0)
+
+
+class _Says(nn.Module):
+    def __init__(self, states: torch.Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, **inputs: object) -> dict:
+        return {"hidden_states": (self.states,)}
+
+
 class _Silent(nn.Module):
     def forward(self, **inputs: object) -> dict:
         return {}

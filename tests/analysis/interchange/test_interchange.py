@@ -223,6 +223,10 @@ def test_a_layer_that_runs_several_times_is_asked_for_its_call() -> None:
     name = "albert.encoder.albert_layer_groups.0"
     with pytest.raises(UserError, match=r"ran 2 times in one forward pass: say which with Site\(..., call=0\)"):
         Interchange(model, [whole(Site(name))])(BASE, SOURCE)
+    first, second = read_states(model, [Site(name, call=0), Site(name, call=1)], BASE)
+    states = model(**BASE, output_hidden_states=True).hidden_states
+    assert torch.equal(first, states[1])
+    assert torch.equal(second, states[2])
     found = Interchange(model, [whole(Site(name, call=1))])(BASE, SOURCE).logits
     torch.testing.assert_close(found, model(**SOURCE).logits)
     with pytest.raises(UserError, match="ran 2 times, so call 2 was not reached"):

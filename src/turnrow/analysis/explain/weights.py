@@ -117,9 +117,7 @@ def singular_values(delta: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, bool
     """
     if isinstance(delta, tuple):
         b, a = (factor.double() for factor in delta)
-        if b.shape[1] < min(len(b), a.shape[1]):
-            return torch.linalg.svdvals(torch.linalg.qr(b, mode="r")[1] @ torch.linalg.qr(a.T, mode="r")[1].T), True
-        return singular_values(b @ a)
+        return torch.linalg.svdvals(torch.linalg.qr(b, mode="r")[1] @ torch.linalg.qr(a.T, mode="r")[1].T), True
     if delta.ndim < 2:
         return torch.linalg.vector_norm(delta, dtype=torch.float64)[None], True
     wide = delta.flatten(1).double()
