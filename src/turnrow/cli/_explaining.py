@@ -89,7 +89,7 @@ def _of_adapter(args: argparse.Namespace, report: Report) -> Explanation:
         if _asks_for_texts(args):
             displacement, ranking = _run_texts(args, adapter.path, location, adapted, None, report)
     if not weights:
-        raise UserError(f"{adapter.path} changes no weight of its base")
+        raise UserError(f"{adapter.path} is a {adapter.method} adapter that changes no weight of its base")
     return Explanation.of(
         facts | _sizes(displacement),
         weights,

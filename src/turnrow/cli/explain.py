@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from turnrow.analysis.displacement import Displacement, TokenKind
     from turnrow.analysis.explain import Explanation, WeightMovement
 
 __all__ = ["HELP", "NAME", "add_arguments", "run"]
@@ -99,7 +100,7 @@ def _show(found: Explanation, console: Console, top: int) -> None:
     if found.whole:
         console.print(f"whole, not measured: {', '.join(found.whole)}")
     if found.displacement is not None:
-        console.print(_layers(found))
+        console.print(_layers(found.displacement))
         console.print(
             "length: | |x| - |x0| | / |x0|; turn: 1 - cos(x, x0); medians over the tokens, with it and without it"
         )
@@ -139,21 +140,19 @@ def _weights(found: Explanation, top: int) -> Table:
     return table
 
 
-def _layers(found: Explanation) -> Table:
+def _layers(found: Displacement) -> Table:
     from rich.table import Table
 
     table = Table("layer", box=None, padding=(0, 1))
-    assert found.displacement is not None
-    kinds = [
-        kind for kind in ("first", "content", "last") if any(kind in own for own in found.displacement.layers.values())
-    ]
+    shown: tuple[TokenKind, ...] = ("first", "content", "last")
+    kinds = [kind for kind in shown if any(kind in own for own in found.layers.values())]
     for kind in kinds:
         table.add_column(f"{kind}: length", justify="right")
         table.add_column("turn", justify="right")
-    for layer, own in found.displacement.layers.items():
+    for layer, own in found.layers.items():
         cells = []
         for kind in kinds:
-            moved = own.get(kind)  # type: ignore[call-overload]
+            moved = own.get(kind)
             cells += ["", ""] if moved is None else [_number(moved.magnitude.median), _number(moved.turn.median)]
         table.add_row(layer, *cells)
     return table
