@@ -23,7 +23,7 @@ class Turning:
     moved: int
     """Pairs whose block is not the identity."""
     angle: dict[float, float]
-    """Of |angle| in rad, of the rotation nearest to each block: quantiles by share, 1.0 being the greatest."""
+    """How far the rotation nearest to each block turns, in rad without its sign: quantiles by share, 1.0 being the greatest."""
     scale: dict[float, float]
     """Of the two scales of each pair: quantiles by share, 0.0 being the least and 1.0 the greatest."""
     reflections: int
