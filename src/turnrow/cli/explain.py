@@ -97,6 +97,13 @@ def _show(found: Explanation, console: Console, top: int) -> None:
     rest = len(found.weights) - top
     if rest > 0:
         console.print(f"and {rest} more (--top {len(found.weights)})")
+    if len(found.layers) > 1:
+        table = Table("layer", box=None, padding=(0, 1))
+        for name in ("relative", "norm"):
+            table.add_column(name, justify="right")
+        for layer, (norm, relative) in found.layers.items():
+            table.add_row(layer, _percent(relative), _number(norm))
+        console.print(table)
     if found.whole:
         console.print(f"whole, not measured: {', '.join(found.whole)}")
     if found.displacement is not None:

@@ -101,6 +101,21 @@ def test_all_changes_together_are_as_those_of_one_long_vector() -> None:
     assert turned.turning.count == 2
 
 
+def test_layers_are_as_one_long_vector_each() -> None:
+    three, four, six, eight = (torch.tensor([[value]]) for value in (3.0, 4.0, 6.0, 8.0))
+    weights = [
+        measure("decoder.block.10.q", three, six),
+        measure("decoder.block.2.q", three, six),
+        measure("decoder.block.2.v", four, eight),
+        measure("encoder.block.2.q", three),
+        measure("pooler", four, eight),
+    ]
+    layers = Explanation.of({}, weights).layers
+    assert list(layers) == ["decoder.block.2", "decoder.block.10", "encoder.block.2"]
+    assert layers["decoder.block.2"] == pytest.approx((5, 0.5))
+    assert layers["encoder.block.2"] == (3, None)
+
+
 def test_golden_places() -> None:
     assert place_of("bert.encoder.layer.10.attention.self.query") == (10, "bert.encoder.layer.*.attention.self.query")
     assert place_of("encoder.block.1.layer.0.SelfAttention.q") == (1, "encoder.block.*.layer.0.SelfAttention.q")
@@ -115,6 +130,7 @@ def test_json_holds_everything_and_nothing_else(kind) -> None:
     assert len(told["weights"]) == 8
     assert told["displacement"]["layers"]["layer 1"]["content"]["turn"]["count"] == 3
     assert told["tokens"][0]["token"] == "<7>"
+    assert list(told["layers"]) == ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2"]
     assert "angles" not in json.dumps(told)
     if kind == "road":
         assert told["turning"]["count"] == 12

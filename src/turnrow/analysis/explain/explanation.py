@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from turnrow.analysis.displacement import Displacement
 from turnrow.analysis.explain.tokens import TextTurned, TokenMoved
@@ -52,14 +53,29 @@ class Explanation:
     @property
     def norm(self) -> float | None:
         """Frobenius norm of all changes together; None where one is not known."""
-        norms = [weight.norm for weight in self.weights]
-        return None if None in norms else math.hypot(*(norm for norm in norms if norm is not None))
+        return _together(weight.norm for weight in self.weights)
 
     @property
     def relative(self) -> float | None:
         """`norm` over that of the weights that changed; None where the base is not known."""
-        held = [w.norm / w.relative for w in self.weights if w.norm and w.relative]
-        return self.norm / math.hypot(*held) if self.norm is not None and len(held) == len(self.weights) else None
+        return _ratio(self.norm, _together(weight.before for weight in self.weights))
+
+    @property
+    def layers(self) -> dict[str, tuple[float, float | None]]:
+        """By layer, such as ``"encoder.layer.3"``: norm of its changes, and the same over that of its weights that changed.
+
+        The second is None where the base is not known. A layer with a change that is not known is left out.
+        """
+        found: dict[tuple[str, int], list[WeightMovement]] = {}
+        for weight in self.weights:
+            number, role = place_of(weight.name)
+            if number is not None:
+                found.setdefault((role.partition("*")[0], number), []).append(weight)
+        sums = {
+            f"{stack}{number}": (_together(w.norm for w in own), _together(w.before for w in own))
+            for (stack, number), own in sorted(found.items())
+        }
+        return {layer: (norm, _ratio(norm, before)) for layer, (norm, before) in sums.items() if norm is not None}
 
     @property
     def turning(self) -> Turning | None:
@@ -71,11 +87,14 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values; NaN as null."""
-        whole = asdict(self, dict_factory=lambda items: {k: v for k, v in items if k not in ("angles", "scales")})
         turning = self.turning
-        return _plain({**whole, "norm": self.norm, "relative": self.relative, "turning": None if turning is None else {
-            k: v for k, v in asdict(turning).items() if k not in ("angles", "scales")
-        }})  # fmt: skip
+        told = asdict(self) | {
+            "norm": self.norm,
+            "relative": self.relative,
+            "layers": {layer: {"norm": norm, "relative": relative} for layer, (norm, relative) in self.layers.items()},
+            "turning": None if turning is None else asdict(turning),
+        }
+        return _plain(told)
 
 
 def place_of(name: str) -> tuple[int | None, str]:
@@ -92,9 +111,20 @@ def _how_far(weight: WeightMovement) -> tuple[bool, float, float, float]:
     return weight.is_matrix, relative, 0.0 if weight.norm is None else weight.norm, turned
 
 
+def _together(norms: Iterable[float | None]) -> float | None:
+    """The norm of parts of one whole; None where one is not known."""
+    known = list(norms)
+    return None if None in known else math.hypot(*(norm for norm in known if norm is not None))
+
+
+def _ratio(norm: float | None, before: float | None) -> float | None:
+    return norm / before if norm is not None and before else None
+
+
 def _plain(value: Any) -> Any:
+    """As JSON has it: without NaN, without tensors (each angle and scale), with texts as keys."""
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): _plain(inner) for key, inner in value.items() if not isinstance(inner, Tensor)}
     if isinstance(value, (list, tuple)):
         return [_plain(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

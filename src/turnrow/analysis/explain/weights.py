@@ -41,8 +41,10 @@ class WeightMovement:
     shape: list[int] | None
     norm: float | None
     """Frobenius norm of the change; None where it is not known without the base (RoAd)."""
+    before: float | None
+    """Frobenius norm of the weight before; None where the base is not known."""
     relative: float | None
-    """The same over the norm of the weight; None where the base is not known."""
+    """`norm` over `before`; None where the base is not known, or where it was zero."""
     spectral: float | None
     """The greatest singular value."""
     singular_values: list[float] = field(default_factory=list)
@@ -85,7 +87,7 @@ def measure(
     turning = None if blocks is None else Turning.of(blocks)
     sizes = None if shape is None else list(shape)
     if delta is None:
-        return WeightMovement(name, sizes, None, None, None, turning=turning)
+        return WeightMovement(name, sizes, None, None, None, None, turning=turning)
     values, all_known = singular_values(delta)
     # Of factors that are no rows or columns the sum over all singular values is the norm.
     dense = delta if isinstance(delta, Tensor) else None
@@ -96,6 +98,7 @@ def measure(
         name,
         sizes,
         norm,
+        before,
         norm / before if before else None,
         spectral,
         values[:_LISTED].tolist(),
