@@ -16,6 +16,7 @@ from turnrow.adapters import (
     load_adapter,
     merged_changes,
     model_changes,
+    original_weights,
     read_adapter,
     reads_without_base,
 )
@@ -154,8 +155,15 @@ def test_what_the_file_does_not_say_alone_is_asked_of_the_base(case, config):
     assert not reads_without_base(adapter)
     with pytest.raises(UserError, match="whose file does not say by itself what it changes: put it on its base"):
         adapter_changes(adapter, base)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    originals = original_weights(adapter, base)
     # The fingerprint was taken of the base that the start had changed.
-    found = list(merged_changes(load_adapter(base, folder, check_base=config.init_lora_weights is True)))
+    model = load_adapter(base, folder, check_base=config.init_lora_weights is True)
+    found = list(merged_changes(model, originals))
+    merged = model.merge_and_unload().state_dict()
+    for change in found:
+        expected = merged[f"{change.name}.weight"] - before[f"{change.name}.weight"]
+        torch.testing.assert_close(change.delta, expected, atol=1e-6, rtol=1e-5)
     assert [change.name.rpartition(".")[2] for change in found] == ["query", "query"]
     assert all(change.delta.abs().max() > 1e-3 for change in found)
 

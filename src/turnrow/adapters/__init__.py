@@ -14,6 +14,7 @@ from turnrow.adapters.changes import (
     adapter_changes,
     merged_changes,
     model_changes,
+    original_weights,
     reads_without_base,
 )
 from turnrow.adapters.extraction import Extraction, extract_adapter
@@ -70,6 +71,7 @@ __all__ = [
     "merged_changes",
     "model_changes",
     "needed_package",
+    "original_weights",
     "plan_merge",
     "quantization_config",
     "read_adapter",

@@ -33,7 +33,15 @@ from turnrow.errors import UserError
 from turnrow.ops import columns, entries, pairs, rows
 from turnrow.ops.experts import FusedWeight
 
-__all__ = ["ModelChanges", "WeightChange", "adapter_changes", "merged_changes", "model_changes", "reads_without_base"]
+__all__ = [
+    "ModelChanges",
+    "WeightChange",
+    "adapter_changes",
+    "merged_changes",
+    "model_changes",
+    "original_weights",
+    "reads_without_base",
+]
 
 _PARTS = ("row", "column", "entry")
 _FLOATING = {"F64", "F32", "F16", "BF16"}
@@ -93,9 +101,25 @@ def adapter_changes(adapter: AdapterFile, base: nn.Module | None = None) -> Iter
     return _by_module(adapter, base)
 
 
+def original_weights(adapter: AdapterFile, base: nn.Module) -> dict[str, Tensor]:
+    """Copies of the weights that an adapter lies on, by module: for `merged_changes` where putting it on changes them.
+
+    Some starts of LoRA (PiSSA, OLoRA, ...) take out of the base what they put into the adapter. Of other adapters nothing is copied.
+    """
+    if adapter.config.get("init_lora_weights") in _STARTS_OF_THE_BASE:
+        return {}
+    named = named_weights(base)
+    weights = {module: _plain_weight(named.get(module)) for module in adapter.modules}
+    return {module: weight.clone() for module, weight in weights.items() if weight is not None}
+
+
 @torch.no_grad()
-def merged_changes(model: PeftModel) -> Iterator[WeightChange]:
+def merged_changes(model: PeftModel, originals: Mapping[str, Tensor] | None = None) -> Iterator[WeightChange]:
     """What the active adapter of a model changes, by merging one layer at a time; each is put back before the next.
+
+    Args:
+        model: with the adapter on.
+        originals: what `original_weights` kept before the adapter was put on.
 
     Raises:
         UserError: a layer's weight is quantized in a way that is not read.
@@ -112,12 +136,13 @@ def merged_changes(model: PeftModel) -> Iterator[WeightChange]:
         base: Any = layer.get_base_layer()
         for key, values in before.items():
             getattr(base, key).data.copy_(values)  # taking out again rounds
-            delta = (after or {})[key].float() - values.float()
-            if not delta.any():
-                continue
-            turned = isinstance(base, Conv1D) and key == "weight"
-            delta, old = (t.mT if turned else t for t in (delta, values))
-            yield WeightChange(name if key == "weight" else f"{name}.{key}", delta, old, tuple(delta.shape))
+            is_weight = key == "weight"
+            turned = is_weight and isinstance(base, Conv1D)
+            old, new = (t.mT if turned else t for t in (values, (after or {})[key]))
+            old = (originals or {}).get(name, old) if is_weight else old
+            delta = new.float() - old.float()
+            if delta.any():
+                yield WeightChange(name if is_weight else f"{name}.{key}", delta, old, tuple(delta.shape))
 
 
 def model_changes(tuned: str | os.PathLike[str], base: str | os.PathLike[str]) -> ModelChanges:

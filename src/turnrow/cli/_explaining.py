@@ -55,6 +55,7 @@ def _of_adapter(args: argparse.Namespace, report: Report) -> Explanation:
         load_adapter,
         load_base,
         merged_changes,
+        original_weights,
         read_adapter,
         reads_without_base,
     )
@@ -83,9 +84,10 @@ def _of_adapter(args: argparse.Namespace, report: Report) -> Explanation:
         adapter_changes(adapter)  # says what is missing
     displacement, ranking = None, None
     if model is not None and (_asks_for_texts(args) or not weights):
+        originals = {} if weights else original_weights(adapter, model)
         adapted = load_adapter(model, adapter.path, check_base=not args.no_check_base).eval()
         if not weights:
-            weights = _measured(merged_changes(adapted), report)
+            weights = _measured(merged_changes(adapted, originals), report)
         if _asks_for_texts(args):
             displacement, ranking = _run_texts(args, adapter.path, location, adapted, None, report)
     if not weights:
