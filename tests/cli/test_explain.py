@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
 from turnrow import RoadConfig, RocoftConfig
@@ -207,3 +207,11 @@ def test_texts_are_cut_to_the_positions_of_the_model(folders, tmp_path):
         json.loads((tmp_path / "told.json").read_text())["displacement"]["layers"]["layer 1"]["all"]["turn"]["count"]
         == 32
     )
+
+
+def test_prompts_change_no_weight(tmp_path, capsys):
+    get_peft_model(bert(0), PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS")).save_pretrained(
+        tmp_path / "p"
+    )
+    assert main(["explain", str(tmp_path / "p"), "--text", "good"]) == 2
+    assert "is a PROMPT_TUNING adapter, which changes no weight of its base" in capsys.readouterr().err

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PromptLearningConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.peft_types import PeftType
 
 from turnrow.adapters.fingerprint import WeightPrint
 from turnrow.adapters.folder import split_by_module
@@ -36,6 +39,11 @@ class AdapterFile:
     def method(self) -> str:
         """The `peft_type`: ``ROCOFT``, ``ROAD``, ``LORA`` ..."""
         return self.config["peft_type"]
+
+    @property
+    def lies_beside(self) -> bool:
+        """Whether it changes no weight and no layer: prompts and prefixes, which are tokens put before the text."""
+        return issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.method)], PromptLearningConfig)
 
     @property
     def base_name(self) -> str | None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 
 import torch
-from peft import PeftModel, PromptLearningConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
-from peft.utils.peft_types import PeftType
 
 from turnrow.adapters.adapter_file import AdapterFile
 from turnrow.adapters.checks import check_against_model, check_finite
@@ -49,27 +47,26 @@ def load_adapter(
     if check_base:
         compare_base(adapter, model)
     config = loadable_config(adapter) if adapter.method in ("ROCOFT", "ROAD") else None
-    beside = issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter.method)], PromptLearningConfig)
-    if beside and is_trainable:
+    if adapter.lies_beside and is_trainable:
         raise UserError(f"{adapter.path} is a {adapter.method} adapter, which peft cannot load for more training")
     loaded = PeftModel.from_pretrained(model, str(adapter.path), config=config, is_trainable=is_trainable)
-    if beside:
+    if adapter.lies_beside:
         loaded.requires_grad_(False)  # peft leaves their heads trainable
-    _check_saved_modules_found(adapter, loaded, beside)
+    _check_saved_modules_found(adapter, loaded)
     return loaded
 
 
-def _check_saved_modules_found(adapter: AdapterFile, model: PeftModel, beside: bool) -> None:
+def _check_saved_modules_found(adapter: AdapterFile, model: PeftModel) -> None:
     """peft ignores tensors of modules that the configuration does not name; biases it loads wherever they were trained.
 
-    Prompts and prefixes lie `beside` the model: their file holds one tensor of them, and names modules one level further out.
+    Prompts and prefixes lie beside the model: their file holds one tensor of them, and names modules one level further out.
     """
     biases = adapter.config.get("bias", "none") != "none"
     wrapped = [
         name for name, module in model.get_base_model().named_modules() if isinstance(module, ModulesToSaveWrapper)
     ]
     for name in adapter.saved_modules:
-        if beside:
+        if adapter.lies_beside:
             if name == "prompt_embeddings":
                 continue
             name = name.removeprefix("base_model.")

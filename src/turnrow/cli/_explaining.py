@@ -64,6 +64,11 @@ def _of_adapter(args: argparse.Namespace, report: Report) -> Explanation:
     from turnrow.training.quiet import without_load_report
 
     adapter = read_adapter(args.adapter)
+    if adapter.lies_beside:
+        raise UserError(
+            f"{adapter.path} is a {adapter.method} adapter, which changes no weight of its base: it puts tokens before the text. explain is for "
+            "adapters that change weights"
+        )
     check_finite(adapter)
     facts = {"adapter": str(adapter.path), "method": adapter.method, "settings": _settings(adapter)}
     model, location = None, ""
