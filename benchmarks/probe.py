@@ -30,7 +30,7 @@ from benchmarks.suite.suite import Cell, load_suite
 from benchmarks.suite.summary import summarize
 from turnrow.errors import UserError
 from turnrow.training import Recipe, probe
-from turnrow.training.methods import check_method, method_title
+from turnrow.training.methods import check_method
 from turnrow.training.probing.kernels import KERNEL_METHODS
 
 __all__ = ["PREDICTORS", "correlations", "main", "markdown", "measured", "run"]
@@ -65,7 +65,6 @@ def run(
     task: str, data: Path, *, shots: int, draws: int, rows: int, methods: Sequence[tuple[str, Cell, tuple[float, ...]]]
 ) -> dict[str, Any]:
     """Probe the methods of one data set."""
-    cells = {method_title(check_method(cell.fields["method"])): (name, cell, scores) for name, cell, scores in methods}
     cell = methods[0][1]
     with data_of(data, task, cell.training_rows) as splits:
         recipe = Recipe.from_dict(
@@ -84,7 +83,8 @@ def run(
             rows=rows,
             measure_steps=False,
         )
-    by_title = {one.title: one for one in found.methods}
+    by_method = {_key(one.method): one for one in found.methods}
+    probed = [(name, by_method[_key(check_method(cell.fields["method"]))], scores) for name, cell, scores in methods]
     return {
         "format": 1,
         "benchmark": "probe",
@@ -102,15 +102,19 @@ def run(
         "commit": environment.commit(),
         "methods": {
             name: {
-                "parameters": by_title[title].trainable_parameters,
-                "scores": list(by_title[title].scores),
-                "distances": {p: list(values) for p, values in by_title[title].distances.items()},
+                "parameters": one.trainable_parameters,
+                "scores": list(one.scores),
+                "distances": {p: list(values) for p, values in one.distances.items()},
                 "fine_tuned": list(scores),
             }
-            for title, (name, _, scores) in cells.items()
-            if by_title[title].scores
+            for name, one, scores in probed
+            if one.scores
         },
     }
+
+
+def _key(method: Mapping[str, Any]) -> str:
+    return json.dumps(method, sort_keys=True)
 
 
 def correlations(result: Mapping[str, Any]) -> dict[str, tuple[float, float]]:

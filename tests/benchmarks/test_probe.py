@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from benchmarks import probe
 from benchmarks.suite.store import Store
 from benchmarks.suite.suite import load_suite
+from turnrow.training.methods import check_method
+from turnrow.training.probing import MethodProbe, Probe
 
 
 def result(**methods: tuple[float, float, int, float]) -> dict[str, Any]:
@@ -68,3 +71,39 @@ def test_too_few_methods_are_said(
     monkeypatch.setattr(probe, "measured", lambda task: [])
     assert probe.main(["--data", str(tmp_path), "--tasks", "mr", "--folder", str(tmp_path)]) == 0
     assert "mr: 0 methods were fine-tuned with every seed; 6 are needed" in capsys.readouterr().out
+
+
+def test_methods_that_differ_in_one_option_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = load_suite("ablations")
+    names = ("rows r=3, gradient", "rows r=3, gradient, biases")
+    methods = [(name, next(suite.cells(("sst2",), None, (name,))), (80.0,)) for name in names]
+    probed = [
+        MethodProbe(
+            title="", method=check_method(cell.fields["method"]), trainable_parameters=number, scores=(0.1 * number,)
+        )
+        for number, (_, cell, _) in enumerate(methods, start=1)
+    ][::-1]
+    facts = {
+        "model": "m",
+        "task": "sst2",
+        "metric": "accuracy",
+        "outputs": "",
+        "shots": 2,
+        "held_rows": 1,
+        "held_from": "",
+    }
+    costs = {
+        "seeds": (0,),
+        "start_scores": (0.5,),
+        "batch": 1,
+        "sequence": 1,
+        "device": "cpu",
+        "threads": 1,
+        "seconds": 1.0,
+    }
+    monkeypatch.setattr(probe, "probe", lambda *_, **__: Probe(**facts, **costs, methods=tuple(probed), notes=()))
+    (tmp_path / "sst2").mkdir()
+    for split in ("train", "validation", "test"):
+        (tmp_path / "sst2" / f"{split}.jsonl.gz").write_bytes(gzip.compress(b'{"sentence": "a", "label": 1}\n'))
+    kept = probe.run("sst2", tmp_path, shots=2, draws=1, rows=1, methods=methods)["methods"]
+    assert {name: one["parameters"] for name, one in kept.items()} == dict(zip(names, (1, 2), strict=True))

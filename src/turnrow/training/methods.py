@@ -121,14 +121,15 @@ def method_config(method: Mapping[str, Any]) -> PeftConfig | None:
 
 
 def method_title(method: Mapping[str, Any]) -> str:
-    """A short name of a `method` section, such as ``"rocoft row r=3"`` or ``"rocoft column r=1, wanda_max"``."""
+    """A short name of a `method` section, such as ``"rocoft row r=3"`` or ``"rocoft column r=1, wanda_max, biases"``."""
     config: Any = method_config(method)
     name = str(method["name"])
     if name == "rocoft":
+        biases = "" if config.bias == "none" else ", biases"
         if config.indices is not None:
-            return f"rocoft {config.mode} of given indices"
+            return f"rocoft {config.mode} of given indices{biases}"
         size = f"density={config.density}" if config.mode == "entry" else f"r={config.r}"
-        return f"rocoft {config.mode} {size}{'' if config.selection == 'first' else f', {config.selection}'}"
+        return f"rocoft {config.mode} {size}{'' if config.selection == 'first' else f', {config.selection}'}{biases}"
     if name == "road":
         return f"road {config.variant}"
     rank = getattr(config, "r", None)
