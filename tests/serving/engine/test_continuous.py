@@ -1,4 +1,4 @@
-"""What is used of transformers' continuous batching, pinned; and attention over a packed row."""
+"""What is used of transformers' continuous batching, pinned."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from tests.serving.serving_models import alone, model_of, prompt_of
 from turnrow.errors import UserError
-from turnrow.serving.engine.attention import ATTENTION, AttentionPlan, _mask
+from turnrow.serving.engine.attention import ATTENTION
 from turnrow.serving.engine.continuous import ContinuousBatching, Sizes
 
 _WINDOWS = "page_size" in inspect.signature(ContinuousBatchingConfig).parameters
@@ -152,28 +152,3 @@ def test_models_that_cannot_be_served_are_refused():
     gemma = Gemma2ForCausalLM(Gemma2Config(**sizes, num_key_value_heads=1, head_dim=8, intermediate_size=24))
     with pytest.raises(UserError, match="Gemma2ForCausalLM caps the logits of attention"):
         ContinuousBatching(gemma, SIZES)
-
-
-def test_requests_of_similar_length_are_attended_to_together():
-    inputs = {
-        "cu_seq_lens_q": torch.tensor([0, 1, 2, 7, 8]),
-        "cu_seq_lens_k": torch.tensor([0, 10, 16, 40, 43]),
-    }
-    plan = AttentionPlan.of(inputs).of_layer(43)
-    assert plan.prompts == [(2, 5, 16, 24)]
-    first, last = plan.decoding
-    assert first.at.tolist() == [0, 1]
-    assert first.keys[1].tolist() == [10, 11, 12, 13, 14, 15, 10, 10, 10, 10]
-    assert first.mask is not None
-    assert first.mask[1, 0, 0].tolist() == [True] * 6 + [False] * 4
-    assert (last.at.tolist(), last.mask) == ([7], None)
-
-
-def test_a_mask_lets_the_last_query_see_all_keys_and_a_window_its_own():
-    assert _mask(3, 3, None, torch.device("cpu")) is None
-    seen = _mask(2, 5, None, torch.device("cpu"))
-    assert seen is not None
-    assert seen.int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    window = _mask(2, 5, 2, torch.device("cpu"))
-    assert window is not None
-    assert window.int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 0, 1, 1]]

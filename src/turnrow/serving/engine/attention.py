@@ -11,8 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +22,9 @@ __all__ = ["ATTENTION", "AttentionPlan", "register"]
 ATTENTION = "turnrow_packed"
 """Its name among transformers' implementations of attention."""
 
+_FULL = "full_attention"
+"""What transformers calls layers without a window."""
+
 
 def register() -> None:
     """Make the implementation known to transformers."""
@@ -31,31 +33,37 @@ def register() -> None:
     AttentionInterface.register(ATTENTION, _packed_attention)
 
 
-@dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """Where in the row the queries of each request lie, and where in the keys its own; handed to the model as `packed`."""
+    """Where in the row the queries of each request lie, and where its keys; made once a step, handed to the model as `packed`.
 
-    queries: list[int]
-    """Cumulative, beginning with 0."""
-    keys: list[list[int]]
-    """The same of the keys, for every kind of layer: with a sliding window there are fewer."""
-    device: torch.device
+    Where all layers attend to everything, the cache is asked for the keys in the very order in which they are attended to, filled
+    up where requests are, so that no layer has to copy them once more.
+    """
 
-    @classmethod
-    def of(cls, inputs: Mapping[str, Any]) -> AttentionPlan:
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
         """From what continuous batching hands to the model."""
-        keys = inputs["cu_seq_lens_k"]
-        kinds = list(keys.values()) if isinstance(keys, dict) else [keys]
+        kinds: Any = inputs["cu_seq_lens_k"]  # by kind of layer; older transformers give a single kind as it is
+        if not isinstance(kinds, dict):
+            kinds = {_FULL: kinds}
         queries = inputs["cu_seq_lens_q"]
-        return cls(queries.tolist(), [kind.tolist() for kind in kinds], queries.device)
+        self._layers = [_LayerPlan(queries.tolist(), kind.tolist(), queries.device) for kind in kinds.values()]
+        # without a past nothing is read, and with a window the places of new keys in the index have a meaning of their own
+        self.read_index: list[Tensor] | None = None
+        if list(kinds) == [_FULL] and len(inputs["read_index"]) == 1 and inputs["read_index"][0].numel():
+            self.read_index = [inputs["read_index"][0][self._layers[0].order]]
+        self.in_order = self.read_index is not None
+        """Whether the keys come in the order in which they are attended to."""
+
+    def inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's inputs for this plan."""
+        changed = {} if self.read_index is None else {"read_index": self.read_index}
+        return {**inputs, **changed, "packed": self}
 
     def of_layer(self, keys: int) -> _LayerPlan:
         """The plan for a layer that has so many keys in all; where two kinds of layers have as many, their plans are equal."""
-        return next(plan for plan in self._layers if plan.keys[-1] == keys)
-
-    @cached_property
-    def _layers(self) -> list[_LayerPlan]:
-        return [_LayerPlan(self.queries, keys, self.device) for keys in self.keys]
+        if self.in_order:
+            return self._layers[0]
+        return next(plan for plan in self._layers if plan.keys == keys)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,35 +74,67 @@ class _Decoding:
     """(B,) int64, their places in the row."""
     keys: Tensor
     """(B, K) int64, the places of their keys, filled up by repeating the first."""
+    start: int
+    """Where these B K keys begin, where they come in order."""
     mask: Tensor | None
     """(B, 1, 1, K) bool, which of them count; None if all do."""
+
+    def of(self, tensor: Tensor, in_order: bool) -> Tensor:
+        """(B, key heads, K, d) of keys or values (key heads, all keys, d)."""
+        if in_order:
+            own = tensor[:, self.start : self.start + self.keys.numel()].unflatten(1, self.keys.shape)
+            return own.transpose(0, 1)
+        return tensor.transpose(0, 1)[self.keys].transpose(1, 2)
+
+
+class _Prompt(NamedTuple):
+    """A request with several queries."""
+
+    first: int
+    length: int
+    """Its queries in the row."""
+    keys: int
+    """Where its keys begin."""
+    start: int
+    """The same where they come in order."""
+    key_length: int
 
 
 class _LayerPlan:
     def __init__(self, queries: Sequence[int], keys: Sequence[int], device: torch.device) -> None:
-        self.keys = keys
+        self.keys = keys[-1]
+        """Of all requests."""
         each = [
             (first, last - first, k_first, k_last - k_first)
             for first, last, k_first, k_last in zip(queries, queries[1:], keys, keys[1:], strict=False)
         ]
-        single = sorted((one for one in each if one[1] == 1), key=lambda one: one[3], reverse=True)
-        self.prompts = [one for one in each if one[1] > 1]
         self.decoding: list[_Decoding] = []
+        self.prompts: list[_Prompt] = []
+        order, start = [], 0
+        single = sorted((one for one in each if one[1] == 1), key=lambda one: one[3], reverse=True)
         while single:
             # lengths within a factor of two, so that at most half of the work is for filling up
             together = [one for one in single if 2 * one[3] >= single[0][3]]
             single = single[len(together) :]
-            self.decoding.append(_decoding(together, device))
+            group = _decoding(together, start, device)
+            self.decoding.append(group)
+            order.append(group.keys.flatten())
+            start += group.keys.numel()
+        for first, length, k_first, k_length in each:
+            if length > 1:
+                self.prompts.append(_Prompt(first, length, k_first, start, k_length))
+                order.append(torch.arange(k_first, k_first + k_length, device=device))
+                start += k_length
+        self.order = torch.cat(order)
+        """Places of the keys, in the order in which they are attended to."""
 
 
-def _decoding(requests: Sequence[tuple[int, int, int, int]], device: torch.device) -> _Decoding:
+def _decoding(requests: Sequence[tuple[int, int, int, int]], start: int, device: torch.device) -> _Decoding:
     at, _, starts, lengths = torch.tensor(requests).unbind(1)
-    longest = int(lengths.max())
-    step = torch.arange(longest)
-    counts = step < lengths.unsqueeze(1)  # (B, K)
-    keys = starts.unsqueeze(1) + step * counts
+    counts = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)  # (B, K)
+    keys = starts.unsqueeze(1) + torch.arange(counts.shape[1]) * counts
     mask = None if bool(counts.all()) else counts[:, None, None].to(device)
-    return _Decoding(at.to(device), keys.to(device), mask)
+    return _Decoding(at.to(device), keys.to(device), start, mask)
 
 
 def _packed_attention(
@@ -123,17 +163,18 @@ def _packed_attention(
     for group in plan.decoding:
         # the queries of the heads that share a key head are attended to as if they were several queries
         own = query[0].index_select(1, group.at).transpose(0, 1).reshape(len(group.at), len(keys), -1, size)
-        k, v = (t.transpose(0, 1)[group.keys].transpose(1, 2) for t in (keys, values))  # (B, key heads, K, d)
+        k, v = group.of(keys, packed.in_order), group.of(values, packed.in_order)
         result = scaled_dot_product_attention(own, k, v, attn_mask=group.mask, scale=scaling)
         out[group.at] = result.reshape(len(group.at), heads, -1)
-    for first, length, k_first, k_length in plan.prompts:
-        q = query[:, :, first : first + length]
-        k, v = (t[None, :, k_first : k_first + k_length] for t in (keys, values))
-        mask = _mask(length, k_length, sliding_window, query.device)
+    for prompt in plan.prompts:
+        q = query[:, :, prompt.first : prompt.first + prompt.length]
+        start = prompt.start if packed.in_order else prompt.keys
+        k, v = (t[None, :, start : start + prompt.key_length] for t in (keys, values))
+        mask = _mask(prompt.length, prompt.key_length, sliding_window, query.device)
         result = scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=heads != len(keys)
         )
-        out[first : first + length] = result[0].transpose(0, 1)
+        out[prompt.first : prompt.first + prompt.length] = result[0].transpose(0, 1)
     return out.unsqueeze(0), None
 
 

@@ -168,7 +168,7 @@ class ContinuousBatching:
         kept = inputs["logits_indices"][:count].long()
         if self._head_sees_kept:
             inputs["logits_to_keep"] = kept
-        logits = self.model(**inputs, packed=AttentionPlan.of(inputs)).logits[0]
+        logits = self.model(**AttentionPlan(inputs).inputs(inputs)).logits[0]
         return (logits if self._head_sees_kept else logits.index_select(0, kept)).float()
 
     @property
