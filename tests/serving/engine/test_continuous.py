@@ -54,7 +54,7 @@ def test_the_parts_of_transformers_that_are_used_are_there(continuous):
     assert list(inspect.signature(processor.update_batch).parameters) == []
     assert list(inspect.signature(processor.scheduler.finish_request).parameters) == ["request_id"]
     assert processor.scheduler.block_new_requests is False
-    assert io.requests_in_batch == []
+    assert [future.state.request_id for future in io.requests_in_batch] == ["trial"]  # of the start
     assert io.attention_mask is None  # nothing of the size queries x keys
     assert io.output_ids.shape == (1, 25)
     assert processor.cache.use_prefix_sharing is False

@@ -15,7 +15,7 @@ import torch
 
 from tests.serving.serving_models import alone, configurations, merged, model_of, prompt_of, write_adapter
 from turnrow.errors import UserError
-from turnrow.serving import BASE, AdapterStore, Engine, Limits, QueueFull, Request, RequestFailed, Sampling
+from turnrow.serving import BASE, AdapterStore, Engine, Event, Limits, QueueFull, Request, RequestFailed, Sampling
 
 GREEDY = Sampling(temperature=0)
 PROMPT = prompt_of(6, 3)
@@ -213,12 +213,15 @@ def test_a_stop_fails_what_is_left_and_gives_the_model_back(start):
 def test_a_break_down_leaves_nobody_waiting(start):
     engine = start(max_running=1)
     assert engine._continuous is not None
+    accepted = threading.Event()
 
     def fail(*args: Any) -> None:
+        assert accepted.wait(20)
         raise MemoryError("no memory for this step")
 
     engine._continuous.forward = fail  # type: ignore[assignment,method-assign]
     handles = [engine.submit(Request(PROMPT, max_tokens=20)) for _ in range(3)]
+    accepted.set()
     for handle in handles:
         failure = failure_of(handle)
         assert failure.kind == "engine"
@@ -304,20 +307,25 @@ def test_one_without_a_slot_is_not_overtaken_for_ever(start):
     first = engine.submit(Request(PROMPT, adapter="rows", max_tokens=3))
     assert gate.waits.wait(20)
     other = engine.submit(Request(PROMPT, adapter="lora", max_tokens=3))
-    ended: list[str] = []
     later = [engine.submit(Request(PROMPT, adapter="rows", max_tokens=3)) for _ in range(12)]
+    ended: list[str] = []
+    for name, handle in [("other", other), *((f"later {i}", one) for i, one in enumerate(later))]:
+        handle.put = _noting(handle.put, name, ended)
     gate.open()
-    threads = [
-        threading.Thread(target=lambda handle=handle, name=name: (handle.result(20), ended.append(name)))
-        for name, handle in [("other", other), *((f"later {i}", one) for i, one in enumerate(later))]
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    first.result(20)
-    # three went first, and one beside
-    assert ended.index("other") <= 5
+    for handle in (first, other, *later):
+        handle.result(20)
+    assert ended[:4] == ["later 0", "later 1", "later 2", "other"]
+
+
+def _noting(put: Callable[[Event], None], name: str, ended: list[str]) -> Callable[[Event], None]:
+    """`put`, which notes the name of a request when it ends."""
+
+    def noting(event: Event) -> None:
+        if event.finish_reason is not None:
+            ended.append(name)
+        put(event)
+
+    return noting
 
 
 def test_a_request_ends_with_its_stop_string_or_its_end_token(start, byte_tokenizer):

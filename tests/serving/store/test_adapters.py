@@ -163,6 +163,17 @@ def test_files_that_changed_since_they_were_registered_are_not_served_unsaid(sto
     assert store.weights(entry.version) is not None
 
 
+def test_an_adapter_is_described_as_it_is_now(store, root):
+    store.add("rows", root / "rows", whole=False)
+    expected = {"name": "rows", "method": "ROCOFT", "version": 1, "folder": str(root / "rows"), "failure": None}
+    assert store.describe("rows") == {**expected, "in_memory": False, "bytes": None}
+    store.reload("rows")
+    described = store.describe("rows")
+    # rows 2 x in, and their numbers, of every layer
+    values = 2 * sum(2 * (layer.in_features * 4 + 8) for name, layer in store.layers.items() if "layers.0" in name)
+    assert described == {**expected, "version": 2, "in_memory": True, "bytes": values}
+
+
 def test_a_reload_gives_a_new_version_and_a_bad_one_changes_nothing(store, root):
     entry = store.load("rows")
     first = entry.version

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.serving.serving_models import configurations, model_of, write_adapter
+from tests.serving.serving_models import model_of, write_adapter
 from turnrow import RocoftConfig
-from turnrow.errors import AdapterError, UserError
+from turnrow.errors import AdapterError
 from turnrow.serving.layers import served_layers
 from turnrow.serving.store.reading import Reader
 
@@ -150,21 +150,6 @@ def test_values_too_large_for_the_models_dtype_are_refused(altered):
     folder = altered("rows", tensors=change_first("rocoft_row", lambda t: t + 1e6))
     with pytest.raises(AdapterError, match="hold values that float16, the dtype of the model, cannot hold"):
         Reader(model, served_layers(model), torch.float16).read(folder)
-
-
-def test_experts_are_not_served_and_a_models_own_adapter_is_refused():
-    from peft import get_peft_model
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=24, num_local_experts=2,
-    )  # fmt: skip
-    names = set(served_layers(MixtralForCausalLM(config)))
-    assert names == {*(f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"), "lm_head"}
-    adapted = get_peft_model(model_of("llama"), configurations("llama")["rows"])
-    with pytest.raises(UserError, match=r"has an adapter at '.*q_proj': give the plain base model"):
-        served_layers(adapted)
 
 
 def test_an_embedding_is_not_served(reader, tmp_path):

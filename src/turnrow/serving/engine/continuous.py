@@ -103,14 +103,17 @@ class ContinuousBatching:
                 )
             self._processor: Any = manager._create_batch_processor()
             self._check_windows()
-        except (AttributeError, ValueError, MemoryError) as error:
+            self._io: Any = self._processor.inputs_and_outputs
+            self._scheduler: Any = self._processor.scheduler
+            self._head_sees_kept = bool(getattr(model, "_supports_logits_to_keep", lambda: False)())
+            self._try_a_step()
+        except Exception as error:  # a model may fail in any way at what it was not written for
             self.close()
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"continuous batching does not run {type(model).__name__} here: {error}") from error
-        self._io: Any = self._processor.inputs_and_outputs
-        self._scheduler: Any = self._processor.scheduler
-        self._head_sees_kept = bool(getattr(model, "_supports_logits_to_keep", lambda: False)())
+            raise UserError(
+                f"continuous batching does not run {type(model).__name__} here: {type(error).__name__}: {error}"
+            ) from error
 
     def _check_windows(self) -> None:
         cache = self._processor.cache
@@ -119,6 +122,14 @@ class ContinuousBatching:
                 f"{type(self.model).__name__} has layers with a sliding window, over which continuous batching in transformers "
                 f"{transformers.__version__} computes something else than generate does: upgrade transformers (5.23 is right)"
             )
+
+    @torch.no_grad()
+    def _try_a_step(self) -> None:
+        with self.stream:
+            self.add("trial", [0, 0])
+            logits = self.forward(self.prepare())
+            self.commit(logits.argmax(-1))
+            self.finish("trial")
 
     def close(self) -> None:
         """Give the model back as it was, and the cache's memory."""

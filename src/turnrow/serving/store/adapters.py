@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,6 @@ class Entry:
     version: Version
     """The current one."""
     removed: bool = False
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 class AdapterStore:
@@ -186,6 +185,24 @@ class AdapterStore:
                 hint = near_matches(name, [*self._entries, BASE])
                 raise UserError(f"no adapter is called {name!r}{hint}; {len(self._entries)} are registered")
             return entry
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """What is known of an adapter, as JSON values.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        with self._lock:
+            version = self.get(name).version
+            return {
+                "name": name,
+                "method": version.method,
+                "version": version.number,
+                "folder": str(version.folder),
+                "in_memory": version in self._weights,
+                "bytes": version.nbytes or None,
+                "failure": version.failure,
+            }
 
     def names(self) -> list[str]:
         """All names, sorted; that of the base is not among them."""
