@@ -73,7 +73,7 @@ clean:  ## remove what the other commands made
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call make-venv,$(VENV))
 	@echo "installing into $(VENV) (once; a minute or two)"
-	@$(BIN)/python $(PIP) -c constraints.txt -e ".[demo,dev]"
+	@$(BIN)/python $(PIP) -c constraints.txt -e ".[demo,dev,serve]"
 	@touch $@
 
 # Optional packages that tests use. Apart from the rest: with torchao installed, peft imports it, which takes seconds and

@@ -37,6 +37,7 @@ _COMMANDS = (
     "extract",
     "merge",
     "export_lora",
+    "serve",
 )
 
 
