@@ -17,6 +17,7 @@ from turnrow.serving.http.bodies import LoadBody, read_body
 from turnrow.serving.http.errors import ApiError
 from turnrow.serving.http.service import Service, service_of
 from turnrow.serving.store.adapters import AdapterStore, Entry
+from turnrow.serving.store.names import check_name
 
 __all__ = ["router"]
 
@@ -36,6 +37,10 @@ async def load(http: Request) -> Response:
     """Load an adapter from a folder."""
     service = service_of(http)
     body = await read_body(http, LoadBody, service.settings.max_body_bytes, service.settings.body_timeout_s)
+    try:
+        check_name(body.name)
+    except UserError as error:
+        raise ApiError(400, str(error), param="name") from None
     if body.name in service.engine.store.names():
         raise ApiError(
             409,
@@ -82,8 +87,9 @@ async def _aside(what: Callable[[], Any]) -> Any:
     except AdapterError as error:
         raise ApiError(400, str(error), param="path", code="invalid_adapter") from None
     except UserError as error:
-        param = "name" if "the adapter's name" in str(error) else "path"
-        raise ApiError(400, str(error), param=param) from None
+        raise ApiError(400, str(error), param="path") from None
+    except OSError as error:  # a name that is too long, or no permission
+        raise ApiError(400, f"the folder cannot be read: {error.strerror}", param="path") from None
 
 
 def _if_there(store: AdapterStore, name: str) -> Entry | None:

@@ -27,7 +27,7 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
         engine: started, or to be started before the first request. Whoever started it stops it.
         settings: of the HTTP side.
     """
-    app = FastAPI(title="turnrow", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="turnrow", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.service = service = Service.of(engine, settings)
     add_handlers(app)
     for routes in (models, completions, chat, adapters):

@@ -100,7 +100,7 @@ async def _ours(request: Request, error: Exception) -> Response:
 async def _of_http(request: Request, error: Exception) -> Response:
     """An unknown path or method."""
     assert isinstance(error, HTTPException)
-    path = request.url.path
+    path = request.url.path[:200]
     message = {404: f"there is no {path!r} here", 405: f"{request.method} is not for {path!r}"}
     headers = dict(error.headers) if error.headers else None
     return ApiError(error.status_code, message.get(error.status_code, str(error.detail)), headers=headers).response()
