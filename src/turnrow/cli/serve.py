@@ -119,8 +119,8 @@ def run(args: argparse.Namespace) -> int:
         store = AdapterStore(model, args.adapters, check_base=not args.no_check_base, **how)
         _register(store, settings)
         with Engine(model, tokenizer, store, limits) as engine:
-            _announce(args, settings, engine, listening.getsockname()[1])
-            drained = run_server(engine, settings, listening)
+            port = listening.getsockname()[1]
+            drained = run_server(engine, settings, listening, lambda: _announce(args, settings, engine, port))
             if not drained:
                 return 130
         store.close()

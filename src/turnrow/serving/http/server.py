@@ -37,15 +37,17 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         UserError: it cannot be had.
     """
+    if not 0 <= port < 2**16:
+        raise UserError(f"the port is {port}; it must be a number from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(f"the server cannot listen at {host!r}: {error}") from None
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         found.close()
         raise UserError(
             f"the server cannot listen at {host} port {port}: {error}; is another one running there?"
@@ -59,9 +61,10 @@ class Server(uvicorn.Server):
     Args:
         app: of `create_app`.
         engine: the one it serves.
+        on_ready: called once it listens.
     """
 
-    def __init__(self, app: FastAPI, engine: Engine) -> None:
+    def __init__(self, app: FastAPI, engine: Engine, on_ready: Callable[[], None] = lambda: None) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -72,7 +75,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=_SLOW_READER_S,
             )
         )
-        self._engine = engine
+        self._engine, self._on_ready = engine, on_ready
         self._loop: asyncio.AbstractEventLoop | None = None
         self._signals = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -83,6 +86,11 @@ class Server(uvicorn.Server):
         """Serve until told to end."""
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        self._on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal. It comes in the middle of anything, so that all is left to the loop."""
@@ -134,17 +142,23 @@ async def _in_thread(what: Callable[[], object]) -> None:
     await done.wait()
 
 
-def run_server(engine: Engine, settings: ServerSettings, listening: socket.socket) -> bool:
+def run_server(
+    engine: Engine,
+    settings: ServerSettings,
+    listening: socket.socket,
+    on_ready: Callable[[], None] = lambda: None,
+) -> bool:
     """Serve a started engine in the main thread until SIGINT or SIGTERM.
 
     Args:
         engine: left drained, or stopped after a second signal.
         settings: of the HTTP side.
         listening: of `bind`; closed in the end.
+        on_ready: called once it listens.
 
     Returns:
         Whether all that was accepted came to its end.
     """
-    server = Server(create_app(engine, settings), engine)
+    server = Server(create_app(engine, settings), engine, on_ready)
     server.run(sockets=[listening])
     return not server.forced
