@@ -39,7 +39,7 @@ coverage: $(VENV)/.installed-extras  ## the same, and which lines they reach; ha
 
 test-oldest: $(OLDEST)/.installed  ## the tests of what touches peft and transformers, on the oldest supported versions
 	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses=$(WORKERS) \
-		tests/tuners tests/adapters tests/tasks tests/training tests/cli
+		tests/tuners tests/adapters tests/tasks tests/training tests/serving tests/cli
 
 lint: $(VENV)/.installed  ## style and format
 	@$(BIN)/ruff check .
