@@ -20,7 +20,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test coverage test-oldest lint format types bench bench-suite docs check clean
+.PHONY: help install demo serve-demo test coverage test-oldest lint format types bench bench-suite docs check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ install: $(VENV)/.installed  ## turnrow, its tools and the demo's model into .ve
 # Threads that wait without spinning: beside other work on the same cores, spinning makes a step three times as long.
 demo: $(VENV)/.installed  ## fine-tune a small pretrained encoder on support tickets: head, RoCoFT and full compared
 	@OMP_WAIT_POLICY=passive $(BIN)/python examples/demo.py
+
+serve-demo: $(VENV)/.installed  ## train three small adapters, serve them together, ask each the same questions
+	@OMP_WAIT_POLICY=passive $(BIN)/python examples/serve_demo.py
 
 test: $(VENV)/.installed-extras  ## the tests, warnings as errors and the rooms' contracts
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --durations=10
@@ -66,7 +69,7 @@ docs: $(VENV)/.installed-docs  ## the documentation as HTML in build/docs
 check: test lint types test-oldest  ## all that has to hold before a change goes in
 
 clean:  ## remove what the other commands made
-	rm -rf $(VENV) $(OLDEST) build dist runs/demo .coverage .coverage.* coverage.xml htmlcov .pytest_cache .ruff_cache \
+	rm -rf $(VENV) $(OLDEST) build dist runs/demo runs/serve-demo .coverage .coverage.* coverage.xml htmlcov .pytest_cache .ruff_cache \
 		.mypy_cache .hypothesis .import_linter_cache src/*.egg-info
 
 # A stamp is as new as the files that say what to install, so a second call installs nothing.
