@@ -171,6 +171,8 @@ def test_seeds_give_the_same_answers_and_each_of_n_another(client, alone):
 def test_choices_of_many_prompts_are_numbered_through_also_in_streams(client):
     asked = {"model": "lora", "prompt": [PROMPT, "It was a"], "max_tokens": 6, "seed": 2, "n": 2}
     whole = client.completions.create(**asked)
+    each = [client.completions.create(**asked | {"prompt": prompt}).choices for prompt in asked["prompt"]]
+    assert [choice.text for choice in whole.choices] == [choice.text for own in each for choice in own]
     texts = [""] * 4
     for chunk in client.completions.create(**asked, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
