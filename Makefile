@@ -92,7 +92,7 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(call make-venv,$(OLDEST))
 	@echo "installing into $(OLDEST) (once; a minute or two)"
-	@$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt -e ".[dev,quantized]"
+	@$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt -e ".[dev,quantized,serve]"
 	@touch $@
 
 define make-venv

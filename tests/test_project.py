@@ -22,14 +22,18 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 HEAVY = [
     "accelerate",
     "datasets",
+    "fastapi",
     "jinja2",
     "matplotlib",
+    "openai",
     "pandas",
+    "prometheus_client",
     "pyarrow",
     "scipy",
     "sklearn",
     "tensorboard",
     "trl",
+    "uvicorn",
 ]
 
 
