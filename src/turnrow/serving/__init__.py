@@ -1,4 +1,4 @@
-"""Serve one model with any number of adapters to many clients at once, each request as if it were served alone.
+"""Serve one model with any number of adapters to many clients at once, each request as if it were served alone::
 
     store = AdapterStore(model, "adapters")          # names -> folders; on disk, in host memory
     store.add_folder()

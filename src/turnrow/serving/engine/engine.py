@@ -58,7 +58,7 @@ class EngineStats:
 
 
 class Engine:
-    """Serves a model with any number of adapters to any number of threads and tasks.
+    """Serves a model with any number of adapters to any number of threads and tasks::
 
         with Engine(model, tokenizer, AdapterStore(model, "adapters")) as engine:
             handle = engine.submit(Request(prompt_ids, adapter="french", max_tokens=32))
