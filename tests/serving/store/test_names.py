@@ -43,3 +43,9 @@ def test_a_link_does_not_lead_out_of_the_root(tmp_path):
     with pytest.raises(UserError, match="is no folder inside"):
         folder_inside(root, "way")
     assert folder_inside(root, "alias") == (root / "real").resolve()
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"], ids=["too long", "NUL"])
+def test_what_is_no_path_is_said(tmp_path, name):
+    with pytest.raises(UserError, match="is no path of a folder: "):
+        folder_inside(tmp_path, name)

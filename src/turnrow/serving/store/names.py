@@ -36,9 +36,15 @@ def folder_inside(root: Path, name: str | os.PathLike[str]) -> Path:
     """The folder `name` in `root`.
 
     Raises:
-        UserError: it would lie outside of `root`, also by way of a link.
+        UserError: it would lie outside of `root`, also by way of a link, or is no path at all.
     """
-    folder = (root / name).resolve()
+    try:
+        folder = (root / name).resolve()
+        folder.exists()
+    except (OSError, ValueError) as error:  # too long, or with a NUL
+        raise UserError(
+            f"{str(name)[:80]!r} is no path of a folder: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if not folder.is_relative_to(root.resolve()) or folder == root.resolve():
         raise UserError(
             f"{str(name)!r} is no folder inside of the adapters' folder: adapters are loaded from there only"
