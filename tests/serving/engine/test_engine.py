@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from tests.serving.holding import Gate, eventually
 from tests.serving.serving_models import alone, configurations, merged, model_of, prompt_of, write_adapter
 from turnrow.errors import UserError
 from turnrow.serving import BASE, AdapterStore, Engine, Event, Limits, QueueFull, Request, RequestFailed, Sampling
@@ -40,33 +40,6 @@ def start(byte_tokenizer, adapters) -> Iterator[START]:
     for engine in engines:
         engine.stop()
         engine.store.close()
-
-
-class Gate:
-    """Holds an engine's steps back until it is opened."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._open = threading.Event()
-        self.waits = threading.Event()
-        assert engine._continuous is not None
-        forward = engine._continuous.forward
-
-        def wait(*args: Any) -> torch.Tensor:
-            self.waits.set()
-            assert self._open.wait(20)
-            return forward(*args)
-
-        engine._continuous.forward = wait  # type: ignore[method-assign]
-
-    def open(self) -> None:
-        self._open.set()
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def failure_of(handle) -> RequestFailed:

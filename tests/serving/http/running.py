@@ -8,12 +8,13 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.serving.holding import eventually
 from tests.serving.serving_models import model_of
 from turnrow.serving import AdapterStore, Engine, Limits
 from turnrow.serving.http import Server, ServerSettings, bind, create_app
@@ -87,26 +88,6 @@ class Running:
         return connection
 
 
-class Gate:
-    """Holds an engine's steps back until it is opened."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._open = threading.Event()
-        self.waits = threading.Event()
-        assert engine._continuous is not None
-        forward = engine._continuous.forward
-
-        def wait(*args: Any) -> torch.Tensor:
-            self.waits.set()
-            assert self._open.wait(20)
-            return forward(*args)
-
-        engine._continuous.forward = wait  # type: ignore[method-assign]
-
-    def open(self) -> None:
-        self._open.set()
-
-
 def slow(engine: Engine, seconds: float = 0.02) -> None:
     """Let every step take a while."""
     assert engine._continuous is not None
@@ -117,13 +98,6 @@ def slow(engine: Engine, seconds: float = 0.02) -> None:
         return forward(*args)
 
     engine._continuous.forward = wait  # type: ignore[method-assign]
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def run(work: Any) -> Any:

@@ -18,7 +18,8 @@ pytest.importorskip("fastapi", reason="needs the extra [serve]")
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai", reason="needs the official client")
 
-from tests.serving.http.running import Gate, eventually, slow  # noqa: E402 - needs the extra
+from tests.serving.holding import Gate, eventually  # noqa: E402 - needs the extra
+from tests.serving.http.running import slow  # noqa: E402 - needs the extra
 
 HTTP = httpx.Client(verify=False, timeout=30)
 ASKED: dict[str, Any] = {"model": "base", "prompt": "Call me", "max_tokens": 4, "temperature": 0}
