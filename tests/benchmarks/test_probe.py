@@ -101,7 +101,7 @@ def test_methods_that_differ_in_one_option_are_told_apart(tmp_path: Path, monkey
         "threads": 1,
         "seconds": 1.0,
     }
-    monkeypatch.setattr(probe, "probe", lambda *_, **__: Probe(**facts, **costs, methods=tuple(probed), notes=()))
+    monkeypatch.setattr(probe, "probe", lambda *_, **__: Probe(**facts, **costs, methods=tuple(probed)))
     (tmp_path / "sst2").mkdir()
     for split in ("train", "validation", "test"):
         (tmp_path / "sst2" / f"{split}.jsonl.gz").write_bytes(gzip.compress(b'{"sentence": "a", "label": 1}\n'))

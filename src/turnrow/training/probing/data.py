@@ -16,7 +16,7 @@ from turnrow.training.base import Base
 from turnrow.training.batches import collated, model_columns
 from turnrow.training.quiet import without_dataset_bars
 
-__all__ = ["Sample", "Source", "by_length", "draw"]
+__all__ = ["Sample", "Source", "draw"]
 
 _NUMBER = "turnrow_row"
 
@@ -81,7 +81,7 @@ def draw(source: Source, shots: int, rows: int, seed: int, batch: int) -> tuple[
         return _encoded(source, few.remove_columns(_NUMBER), "train", batch), _encoded(source, rest, "held", batch)
 
 
-def by_length(encoded: Dataset) -> list[int]:
+def _by_length(encoded: Dataset) -> list[int]:
     """The rows from the shortest on."""
     lengths = [len(ids) for ids in encoded["input_ids"]]
     return sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -96,7 +96,7 @@ def _without(rest: Dataset, few: Dataset, columns: list[str]) -> Dataset:
 def _encoded(source: Source, table: Dataset, split: str, size: int) -> Sample:
     task = source.task
     encoded = task.encode(table, source.base.tokenizer, source.limit, split=split)
-    encoded = encoded.select(by_length(encoded))
+    encoded = encoded.select(_by_length(encoded))
     batches: list[Batch] = list(
         collated(model_columns(encoded, source.base.model, task), task.collator(source.base.tokenizer), size)
     )

@@ -76,7 +76,6 @@ class Probe:
     seconds: float
     """That the probe took."""
     methods: tuple[MethodProbe, ...]
-    notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON can hold them."""

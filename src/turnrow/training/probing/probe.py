@@ -140,7 +140,6 @@ def probe(
         threads=torch.get_num_threads(),
         seconds=time.perf_counter() - start,
         methods=tuple(sorted(probed, key=_promise)),
-        notes=(),
     )
 
 
