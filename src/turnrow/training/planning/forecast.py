@@ -61,7 +61,7 @@ def plan(
             with quick_collections():
                 planned.append(_plan_method(method, setting, sizes, memory))
         except UserError as error:
-            if number == 0:
+            if number == 0 and methods is None:
                 raise
             planned.append(MethodPlan(title=method_title(method), method=dict(method), note=str(error)))
     return Plan(
