@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment
-from benchmarks.results import write
+from benchmarks.results import plus_minus, write
 from benchmarks.suite.published import published_tables, to_markdown
 from turnrow.tasks import FEW_SHOT_SEEDS, read_table
 from turnrow.training import Recipe, probe, train
@@ -70,7 +70,6 @@ def run(
             {**fields, "data": {"train": splits["train"], "validation": str(test), "test": str(test)}}
         )
         found = probe(recipe, methods=list(METHODS.values()), shots=shots, draws=[seed], rows=rows, measure_steps=False)
-        methods = {json.dumps(one.method, sort_keys=True): one for one in found.methods}
         result: dict[str, Any] = {
             "format": 1,
             "benchmark": "few_shot",
@@ -88,7 +87,7 @@ def run(
             "kernels": {},
         }
         for name, method in METHODS.items():
-            one = methods[json.dumps(_checked(method), sort_keys=True)]
+            one = found.of(method)
             if one.note:
                 raise RuntimeError(f"{name}: {one.note}")
             result["kernels"][name] = {
@@ -100,12 +99,6 @@ def run(
             with_shots = {**fields, "data": {"train": splits["train"], "test": str(test), "few_shot": few}}
             result["full_fine_tuning"] = _tuned(with_shots, found.metric)
         return result
-
-
-def _checked(method: Mapping[str, Any]) -> dict[str, Any]:
-    from turnrow.training.methods import check_method
-
-    return check_method(method)
 
 
 def _tuned(fields: Mapping[str, Any], metric: str) -> dict[str, Any]:
@@ -193,10 +186,7 @@ def _table(runs: Mapping[str, Any], rows: Mapping[str, Sequence[str]]) -> str:
 
 
 def _percent(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.fmean(values):.1f}{spread}"
+    return plus_minus([100 * value for value in values]) if values else "–"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

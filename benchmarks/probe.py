@@ -23,14 +23,13 @@ import torch
 from scipy.stats import spearmanr
 
 from benchmarks import environment
-from benchmarks.results import write
+from benchmarks.results import plus_minus, write
 from benchmarks.suite.measure import data_of
 from benchmarks.suite.store import RUNS
 from benchmarks.suite.suite import Cell, load_suite
 from benchmarks.suite.summary import summarize
 from turnrow.errors import UserError
 from turnrow.training import Recipe, probe
-from turnrow.training.methods import check_method
 from turnrow.training.probing.kernels import KERNEL_METHODS
 
 __all__ = ["PREDICTORS", "correlations", "main", "markdown", "measured", "run"]
@@ -83,8 +82,7 @@ def run(
             rows=rows,
             measure_steps=False,
         )
-    by_method = {_key(one.method): one for one in found.methods}
-    probed = [(name, by_method[_key(check_method(cell.fields["method"]))], scores) for name, cell, scores in methods]
+    probed = [(name, found.of(cell.fields["method"]), scores) for name, cell, scores in methods]
     return {
         "format": 1,
         "benchmark": "probe",
@@ -111,10 +109,6 @@ def run(
             if one.scores
         },
     }
-
-
-def _key(method: Mapping[str, Any]) -> str:
-    return json.dumps(method, sort_keys=True)
 
 
 def correlations(result: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -153,7 +147,9 @@ def markdown(folder: Path = FOLDER) -> str:
         for name, one in ordered:
             distance = statistics.fmean(one["distances"]["p = 2"])
             scores, real = [100 * score for score in one["scores"]], one["fine_tuned"]
-            lines.append(f"| {name} | {_spread(scores)} | {distance:.2f} | {one['parameters']:,} | {_spread(real)} |")
+            lines.append(
+                f"| {name} | {plus_minus(scores)} | {distance:.2f} | {one['parameters']:,} | {plus_minus(real)} |"
+            )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -164,10 +160,6 @@ def _gap(result: Mapping[str, Any]) -> str:
     real = [statistics.fmean(one["fine_tuned"]) for one in methods]
     first = max(range(len(methods)), key=lambda number: statistics.fmean(methods[number]["scores"]))
     return f"{max(real) - real[first]:.1f} (at random {max(real) - statistics.fmean(real):.1f})"
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from benchmarks import environment
 from benchmarks.shapes import Shape
 
-__all__ = ["provenance", "spread", "write"]
+__all__ = ["plus_minus", "provenance", "spread", "write"]
 
 
 def provenance(benchmark: str, format_number: int, shape: Shape, device: str) -> dict[str, Any]:
@@ -37,6 +38,12 @@ def spread(samples: list[float]) -> dict[str, Any]:
         low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
         quartiles = [low, high]
     return {"median": statistics.median(samples), "quartiles": quartiles, "samples": samples}
+
+
+def plus_minus(values: Sequence[float]) -> str:
+    """Mean ± standard deviation of a sample, with one decimal; of one value that alone."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{deviation}"
 
 
 def write(result: dict[str, Any], path: Path) -> None:

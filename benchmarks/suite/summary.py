@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import plus_minus
 from benchmarks.suite.store import RUNS, Store
 from benchmarks.suite.suite import Cell, Suite
 
@@ -40,8 +41,7 @@ class Summary:
 
     def text(self) -> str:
         """Mean ± deviation, with one decimal, and the number of seeds where there are not yet three."""
-        spread = "" if self.deviation is None else f" ± {self.deviation:.1f}"
-        return f"{self.mean:.1f}{spread}" + (f" ({len(self.scores)})" if len(self.scores) < 3 else "")
+        return plus_minus(self.scores) + (f" ({len(self.scores)})" if len(self.scores) < 3 else "")
 
 
 def summarize(cell: Cell, root: Path = RUNS) -> Summary | None:

@@ -60,7 +60,6 @@ def _of_adapter(args: argparse.Namespace, report: Report) -> Explanation:
         reads_without_base,
     )
     from turnrow.adapters.checks import check_against_model, check_base, check_finite
-    from turnrow.analysis.explain import Explanation
     from turnrow.training.quiet import without_load_report
 
     adapter = read_adapter(args.adapter)
@@ -97,19 +96,11 @@ def _of_adapter(args: argparse.Namespace, report: Report) -> Explanation:
             displacement, ranking = _run_texts(args, adapter.path, location, adapted, None, report)
     if not weights:
         raise UserError(f"{adapter.path} is a {adapter.method} adapter that changes no weight of its base")
-    return Explanation.of(
-        facts | _sizes(displacement),
-        weights,
-        whole=adapter.saved_modules,
-        displacement=displacement,
-        tokens=ranking.most(100) if ranking else (),
-        texts=ranking.texts if ranking else (),
-    )
+    return _explanation(facts, weights, adapter.saved_modules, displacement, ranking)
 
 
 def _of_model(args: argparse.Namespace, report: Report) -> Explanation:
     from turnrow.adapters import model_changes
-    from turnrow.analysis.explain import Explanation
     from turnrow.training.base import resolve_model
     from turnrow.training.quiet import without_load_report
 
@@ -131,10 +122,22 @@ def _of_model(args: argparse.Namespace, report: Report) -> Explanation:
             )
         displacement, ranking = _run_texts(args, Path(args.adapter), location, tuned, base, report)
     facts = {"adapter": args.adapter, "method": "a whole model", "base": args.base}
+    return _explanation(facts, weights, found.unmatched, displacement, ranking)
+
+
+def _explanation(
+    facts: Mapping[str, Any],
+    weights: list[WeightMovement],
+    whole: Iterable[str],
+    displacement: Displacement | None,
+    ranking: TokenRanking | None,
+) -> Explanation:
+    from turnrow.analysis.explain import Explanation
+
     return Explanation.of(
-        facts | _sizes(displacement),
+        {**facts, **_sizes(displacement)},
         weights,
-        whole=found.unmatched,
+        whole=whole,
         displacement=displacement,
         tokens=ranking.most(100) if ranking else (),
         texts=ranking.texts if ranking else (),

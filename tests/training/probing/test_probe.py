@@ -150,3 +150,16 @@ def test_page_and_picture(found, tmp_path: Path):
     assert "data:image/png;base64," in page
     assert draw_probe(found, tmp_path / "probe.svg").startswith(b"<?xml")
     assert json.loads(json.dumps(found.to_dict()))["methods"][0]["scores"]
+
+
+def test_what_was_found_of_a_method_is_asked_by_its_section(found):
+    assert found.of({"name": "full"}).title == "full"
+    with pytest.raises(KeyError, match="lora r=8"):
+        found.of({"name": "lora"})
+
+
+def test_a_first_method_that_cannot_be_made_stands_in_nobodys_way(make_recipe):
+    methods = [{"name": "rocoft", "mode": "row", "r": 2, "target_modules": ["nowhere"]}, FEW[1]]
+    found = probe(make_recipe(), methods=methods, measure_steps=False, **SMALL)
+    assert "nowhere" in found.of(methods[0]).note
+    assert found.of(FEW[1]).scores

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -27,6 +26,7 @@ from turnrow.training.base import (
     resolve_model,
 )
 from turnrow.training.planning.quantized import quantize_skeleton
+from turnrow.training.precision import precision, precision_name
 from turnrow.training.recipe import Recipe
 from turnrow.training.skeleton import Skeleton, load_skeleton
 from turnrow.training.trainer import training_arguments
@@ -109,13 +109,11 @@ class Setting:
     @property
     def precision_name(self) -> str:
         """Of the forward."""
-        return "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
+        return precision_name(self.args)
 
     def precision(self) -> AbstractContextManager:
         """The context in which Trainer runs a forward."""
-        if self.precision_name == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=getattr(torch, self.precision_name))
+        return precision(self.args)
 
     def inputs(self, batch: int) -> Mapping[str, Tensor]:
         """A batch of full rows, with a mask, as if some row were shorter."""

@@ -63,8 +63,7 @@ def _kind(method: Mapping[str, Any]) -> tuple[Any, ...]:
     config: Any = method_config(method)
     if config is None:
         return (method["name"],)
-    fields = {name: value for name, value in config.to_dict().items() if value is not None}
     if method["name"] == "road":
         # The kernel is the same for every pairing of features as far as advice goes, and the counts are.
         return (method["name"], config.variant)
-    return (method["name"], fields)
+    return (method["name"], config.to_dict())

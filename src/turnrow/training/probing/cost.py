@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from turnrow.analysis.ntk import Batch
+from turnrow.training.precision import precision
 
 __all__ = ["step_seconds"]
 
@@ -33,7 +33,7 @@ def step_seconds(model: nn.Module, batch: Batch, args: TrainingArguments, steps:
     try:
         for _ in range(steps + 1):
             start = time.perf_counter()
-            with _precision(args):
+            with precision(args):
                 loss: Any = model(**inputs).loss
             loss.backward()
             optimizer.step()
@@ -44,9 +44,3 @@ def step_seconds(model: nn.Module, batch: Batch, args: TrainingArguments, steps:
     finally:
         model.train(was_training)
     return min(taken[1:])
-
-
-def _precision(args: TrainingArguments) -> contextlib.AbstractContextManager:
-    if not (args.bf16 or args.fp16):
-        return contextlib.nullcontext()
-    return torch.autocast(args.device.type, dtype=torch.bfloat16 if args.bf16 else torch.float16)

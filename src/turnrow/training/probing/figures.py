@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from turnrow.training.methods import check_method, method_title
 
 __all__ = ["MethodProbe", "Probe"]
 
@@ -76,6 +79,14 @@ class Probe:
     seconds: float
     """That the probe took."""
     methods: tuple[MethodProbe, ...]
+
+    def of(self, method: Mapping[str, Any]) -> MethodProbe:
+        """What was found of a `method` section, as it was given to the probe (KeyError: it was not)."""
+        wanted = check_method(method)
+        for one in self.methods:
+            if one.method == wanted:
+                return one
+        raise KeyError(method_title(wanted))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON can hold them."""

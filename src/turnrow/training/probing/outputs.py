@@ -52,9 +52,7 @@ def function_of(task: Task, base: Base) -> Function:
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"a probe knows encoders and decoders, and {type(model).__name__} is both; take another model")
-    if not head_modules(model, base.new_modules) or not any(
-        name in base.new_modules for name in head_modules(model, ())
-    ):
+    if not any(head in base.new_modules for head in head_modules(model, ())):
         return Function(model, "", "logits of the pretrained head", lambda sample: ClassifierHead())
     inner = model.base_model
     return Function(

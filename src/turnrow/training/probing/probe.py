@@ -110,7 +110,7 @@ def probe(
         if measure_steps:
             _measure(source, compared, longest, args, on_stage)
         tokens = int(longest["input_ids"].shape[1])
-        peaks = _peaks(recipe, [found.method for found in compared.values()], size, tokens, on_stage)
+        peaks = _peaks(recipe, compared, size, tokens, on_stage)
     probed = [
         MethodProbe(
             title=title,
@@ -119,7 +119,7 @@ def probe(
             scores=tuple(found.scores),
             distances={p: tuple(values) for p, values in found.distances.items() if values},
             step_seconds=found.seconds,
-            peak_bytes=peaks.get(title),
+            peak_bytes=peaks[title],
             note="; ".join(dict.fromkeys(found.notes)) or None,
         )
         for title, found in compared.items()
@@ -229,17 +229,20 @@ def _measure(
 
 
 def _peaks(
-    recipe: Recipe, methods: Sequence[Mapping[str, Any]], size: int, tokens: int, on_stage: Callable
+    recipe: Recipe, compared: dict[str, _Found], size: int, tokens: int, on_stage: Callable
 ) -> dict[str, int | None]:
     """Forecast of each method's memory, by title."""
     planned = plan(
         replace(recipe, quantization=None),
         batches=[size],
         sequence=tokens,
-        methods=methods,
+        methods=[found.method for found in compared.values()],
         on_method=lambda title: on_stage(f"memory of {title}"),
     )
-    return {one.title: one.batches[0].peak_bytes if one.batches else None for one in planned.methods}
+    return {
+        title: one.batches[0].peak_bytes if one.batches else None
+        for title, one in zip(compared, planned.methods, strict=True)
+    }
 
 
 def _promise(one: MethodProbe) -> tuple[float, float]:
