@@ -58,7 +58,8 @@ def _read(setup: Setup, tasks: Sequence[str]) -> dict[str, Any] | None:
 def _measure(setup: Setup, data: dict[str, Any]) -> None:
     from transformers import AutoModel
 
-    from turnrow.training.base import load_tokenizer, resolve_model
+    from turnrow.pretrained import resolve_model
+    from turnrow.training.base import load_tokenizer
 
     location = resolve_model(_MODEL)
     encoder, tokenizer = AutoModel.from_pretrained(location), load_tokenizer(location)

@@ -157,7 +157,8 @@ def _length_spread(held: Labelled) -> float:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure what is not in the result yet."""
-    from turnrow.training.base import load_tokenizer, resolve_model
+    from turnrow.pretrained import resolve_model
+    from turnrow.training.base import load_tokenizer
 
     location = resolve_model(arguments.model)
     tokenizer = load_tokenizer(location)

@@ -59,9 +59,8 @@ def measure(
     """
     from transformers import AutoModel
 
+    from turnrow.pretrained import resolve_model, without_load_report
     from turnrow.training import Recipe, train
-    from turnrow.training.base import resolve_model
-    from turnrow.training.quiet import without_load_report
     from turnrow.training.saved import load_saved
 
     training = {**settings["training"], "learning_rate": rate, "disable_tqdm": True}

@@ -56,8 +56,9 @@ from turnrow.analysis.ntk import (
     TangentKernels,
     tangent_kernels,
 )
+from turnrow.pretrained import resolve_model
 from turnrow.tasks import read_table
-from turnrow.training.base import load_tokenizer, resolve_model
+from turnrow.training.base import load_tokenizer
 
 __all__ = ["KERNELS", "Setting", "jacobian_kernel", "lm_kernel_ft", "main", "markdown", "prepare"]
 

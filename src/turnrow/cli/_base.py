@@ -20,7 +20,7 @@ def base_of(adapter: AdapterFile, given: str | None) -> str:
         UserError: there was none, and the adapter does not say.
     """
     from turnrow.errors import UserError
-    from turnrow.training.base import resolve_model
+    from turnrow.pretrained import resolve_model
 
     location = given or adapter.base_name
     if not location:

@@ -60,7 +60,7 @@ def _of_adapter(args: argparse.Namespace, report: Report) -> Explanation:
         reads_without_base,
     )
     from turnrow.adapters.checks import check_against_model, check_base, check_finite
-    from turnrow.training.quiet import without_load_report
+    from turnrow.pretrained import without_load_report
 
     adapter = read_adapter(args.adapter)
     if adapter.lies_beside:
@@ -101,8 +101,7 @@ def _of_adapter(args: argparse.Namespace, report: Report) -> Explanation:
 
 def _of_model(args: argparse.Namespace, report: Report) -> Explanation:
     from turnrow.adapters import model_changes
-    from turnrow.training.base import resolve_model
-    from turnrow.training.quiet import without_load_report
+    from turnrow.pretrained import resolve_model, without_load_report
 
     if args.base is None:
         raise UserError(f"{args.adapter} holds a whole model: give the model that it was made of (--base MODEL)")

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export and print the rank, which the server's largest allowed rank must reach, and the rules that the result breaks."""
     from turnrow.adapters import export_lora, read_adapter, skeleton
-    from turnrow.training.base import resolve_model
+    from turnrow.pretrained import resolve_model
 
     adapter = read_adapter(args.adapter)
     if args.rank is not None:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 def _export_road(args: argparse.Namespace, adapter: AdapterFile) -> int:
     from turnrow.adapters import export_road_lora, load_base, read_adapter
     from turnrow.errors import UserError
-    from turnrow.training.quiet import without_load_report
+    from turnrow.pretrained import without_load_report
 
     if adapter.method != "ROAD":
         raise UserError(

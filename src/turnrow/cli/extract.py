@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from turnrow.adapters import extract_adapter, load_for_task
-    from turnrow.training.base import resolve_model
+    from turnrow.pretrained import resolve_model
 
     base, tuned = (load_for_task(resolve_model(location), args.task) for location in (args.base, args.tuned))
     extraction = extract_adapter(

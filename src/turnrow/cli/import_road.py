@@ -45,8 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from turnrow.adapters import import_road, load_for_task
     from turnrow.adapters.writing import check_new_folder
     from turnrow.errors import UserError
-    from turnrow.training.base import resolve_model
-    from turnrow.training.quiet import without_load_report
+    from turnrow.pretrained import resolve_model, without_load_report
 
     # what can be refused is refused before a large model is loaded
     check_new_folder(args.out)

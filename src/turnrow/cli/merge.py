@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _merge_in_memory(args: argparse.Namespace, adapter: AdapterFile, base: str, processor: Any | None) -> MergeResult:
     from turnrow.adapters import load_base, merge_adapter
-    from turnrow.training.quiet import without_load_report
+    from turnrow.pretrained import without_load_report
 
     # a classifier that the base lacks is the adapter's to bring
     with without_load_report():

