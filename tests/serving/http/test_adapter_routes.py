@@ -67,6 +67,18 @@ def test_the_client_is_let_in_with_the_key(start):
         client.completions.create(model="base", **ASKED)
 
 
+def test_no_request_has_all_names_listed(start, root, folders, monkeypatch):
+    running = start({"lora": folders["lora"]}, root=root, settings={"manage_adapters": True})
+    monkeypatch.setattr(running.engine.store, "names", None)
+    assert HTTP.post(f"{running.url}/v1/completions", json={"model": "lora", **ASKED}).status_code == 200
+    assert HTTP.get(f"{running.url}/v1/models/lora").status_code == 200
+    assert call(running, "POST", name="rows").status_code == 201
+    assert call(running, "POST", name="rows").status_code == 409
+    assert call(running, "POST", "/rows/reload").status_code == 200
+    assert call(running, "DELETE", "/rows").status_code == 200
+    assert call(running, "DELETE", "/rows").status_code == 404
+
+
 def test_adapters_come_and_go_while_the_server_runs(start, root, folders):
     running = start(root=root, settings={"api_key": "k"})
     client = running.client(openai.OpenAI, api_key="k")

@@ -13,7 +13,7 @@ import pytest
 
 from tests.serving.serving_models import configurations, model_of, write_adapter
 from turnrow.errors import AdapterError, UserError
-from turnrow.serving import AdapterStore
+from turnrow.serving import BASE, AdapterStore
 from turnrow.serving.store import Version
 
 
@@ -65,6 +65,21 @@ def test_equal_names_are_refused(store):
     store.load("rows")
     with pytest.raises(UserError, match="an adapter called 'rows' is registered already"):
         store.load("rows")
+
+
+def test_whether_a_name_is_known_is_one_look_up(store, root, monkeypatch):
+    store.add("rows", root / "rows")
+    monkeypatch.setattr(store, "names", None)  # no list of all of them is made
+    monkeypatch.setattr(store, "_entries", _OnlyLookedUp(store._entries))
+    assert "rows" in store
+    assert "road1" not in store
+    assert BASE not in store
+    assert 3 not in store
+
+
+class _OnlyLookedUp(dict):
+    def __iter__(self):
+        raise AssertionError("all names are gone through")
 
 
 def test_an_unknown_name_tells_near_ones(store):

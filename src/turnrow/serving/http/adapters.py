@@ -41,7 +41,7 @@ async def load(http: Request) -> Response:
         check_name(body.name)
     except UserError as error:
         raise ApiError(400, str(error), param="name") from None
-    if body.name in service.engine.store.names():
+    if body.name in service.engine.store:
         raise ApiError(
             409,
             f"an adapter called {body.name!r} is loaded already: POST /v1/adapters/{body.name}/reload reads its files again",
@@ -101,7 +101,7 @@ def _if_there(store: AdapterStore, name: str) -> Entry | None:
 
 
 def _check_known(http: Request, name: str) -> None:
-    if name not in service_of(http).engine.store.names():
+    if name not in service_of(http).engine.store:
         raise ApiError(404, f"no adapter is called {name[:128]!r}", param="name", code="adapter_not_found")
 
 

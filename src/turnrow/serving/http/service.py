@@ -63,8 +63,9 @@ class Service:
         if model in (BASE, self.settings.base_name):
             record.model, record.model_kind = BASE, "base"
             return BASE
-        names = self.engine.store.names()
-        if model not in names:
+        store = self.engine.store
+        if model not in store:
+            names = store.names()
             near = near_matches(model, [*names, BASE]) if len(names) <= _MOST_NAMES_TO_COMPARE else ""
             shown = model if len(model) <= 128 else f"{model[:125]}..."
             raise ApiError(

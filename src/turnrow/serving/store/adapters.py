@@ -204,6 +204,11 @@ class AdapterStore:
                 "failure": version.failure,
             }
 
+    def __contains__(self, name: object) -> bool:
+        """Whether an adapter is called so; at the cost of one look-up, however many there are."""
+        with self._lock:
+            return name in self._entries
+
     def names(self) -> list[str]:
         """All names, sorted; that of the base is not among them."""
         with self._lock:
