@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import weakref
 from typing import Any
 
 import pytest
@@ -140,6 +142,45 @@ def test_the_model_is_given_back_as_it_was(llama):
     # transformers of 5.6 leaves "paged|sdpa" behind by itself
     assert llama.config._attn_implementation == before
     assert alone(llama, prompt_of(5, 1), 4)[0] == expected
+
+
+def test_the_memory_of_the_cache_is_free_at_the_end_without_a_collection_of_garbage(llama, monkeypatch):
+    running = ContinuousBatching(llama, SIZES)
+    greedy(running, {"a": prompt_of(9, 1)}, 3)
+    running.add("cut off", prompt_of(5, 2))
+    with torch.no_grad():
+        running.forward(running.prepare())
+    processor = running._processor
+    held = {"processor": processor, "cache": processor.cache, "in and out": processor.inputs_and_outputs}
+    tensors = {
+        name: value
+        for owner in (processor.cache, processor.inputs_and_outputs)
+        for name, value in _tensors(vars(owner))
+        if value.device.type == "cpu"
+    }
+    assert sum(tensor.nbytes for tensor in tensors.values()) > 64 * 4 * 2 * 16  # keys and values of all pages, at least
+    gone = {name: weakref.ref(value) for name, value in {**held, **tensors}.items()}
+    collections: list[int] = []
+    monkeypatch.setattr(gc, "collect", lambda *args: collections.append(1))
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        del processor, held, tensors
+        running.close()
+        assert [name for name, reference in gone.items() if reference() is not None] == []
+    finally:
+        if enabled:
+            gc.enable()
+    assert collections == []
+
+
+def _tensors(values: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    """Those in the fields of an object, and in lists of them."""
+    found = []
+    for name, value in values.items():
+        each = value if isinstance(value, list) else [value]
+        found += [(f"{name}/{place}", one) for place, one in enumerate(each) if isinstance(one, torch.Tensor)]
+    return found
 
 
 def test_models_that_cannot_be_served_are_refused():

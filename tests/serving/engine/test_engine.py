@@ -183,6 +183,32 @@ def test_a_stop_fails_what_is_left_and_gives_the_model_back(start):
         engine.start()
 
 
+def test_a_stop_between_two_rounds_is_not_slept_through(start):
+    engine = start()
+    ledger = engine._ledger
+    asleep, waits = threading.Event(), []
+    clear, wait = ledger.wake.clear, ledger.wake.wait
+
+    def clear_late() -> None:
+        if (
+            asleep.is_set() and ledger.state == "running"
+        ):  # between the look at the state and this, the engine is stopped
+            ledger.change("stopped", of=("running",))
+        clear()
+
+    def noting(timeout: float | None = None) -> bool:
+        waits.append(ledger.state)
+        asleep.set()
+        return wait(timeout)
+
+    ledger.wake.clear, ledger.wake.wait = clear_late, noting
+    ledger.wake.set()
+    assert asleep.wait(20)
+    ledger.wake.set()
+    engine._thread.join(20)
+    assert "stopped" not in waits
+
+
 def test_a_break_down_leaves_nobody_waiting(start):
     engine = start(max_running=1)
     assert engine._continuous is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +14,6 @@ if TYPE_CHECKING:
     from tests.serving.http.running import Running
 
 NAMES = ("rows", "road1", "lora")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _quick_garbage() -> Iterator[None]:
-    """Every engine that ends has garbage collected, which looks at all objects of all libraries, for half a second."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

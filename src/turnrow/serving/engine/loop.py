@@ -72,8 +72,10 @@ class Loop:
 
     def _serve(self) -> None:
         empty = 0
-        while self._ledger.serves:
-            self._ledger.wake.clear()
+        while True:
+            self._ledger.wake.clear()  # before all is looked at: what comes later wakes
+            if not self._ledger.serves:
+                return
             self._hear()
             self._admit()
             scheduled = self._continuous.prepare() if self._running else []
