@@ -223,9 +223,12 @@ def test_a_break_down_is_told_to_all_and_health_says_so(start, stream):
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine")
     eventually(lambda: HTTP.get(f"{running.url}/health").status_code == 503)
     assert HTTP.get(f"{running.url}/health").json() == {"status": "broken"}
-    later = post(running, ASKED)
-    assert later.status_code == 500
-    assert "the engine broke down: MemoryError" in later.json()["error"]["message"]
+    for body in (ASKED, {**ASKED, "stream": True}, {**ASKED, "prompt": ["a", "b"]}):
+        later = post(running, body)
+        assert later.status_code == 503
+        error = later.json()["error"]
+        assert (error["type"], error["code"], error["param"]) == ("server_error", "unavailable", None)
+        assert "the engine broke down: MemoryError" in error["message"]
     assert figure(running, "turnrow_engine_state", state="broken") == 1
 
 

@@ -38,7 +38,7 @@ class Answers:
                 self._handles.append(engine.submit(request))
         except (UserError, RequestFailed) as error:
             self.cancel()
-            raise error_of(error, fields=fields) from error
+            raise error_of(error, fields=fields, accepted=False) from error
 
     @property
     def choices(self) -> int:

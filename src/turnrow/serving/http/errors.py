@@ -57,12 +57,19 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
-def error_of(error: UserError | RequestFailed, *, fields: frozenset[str] = frozenset(), late: bool = False) -> ApiError:
+def error_of(
+    error: UserError | RequestFailed,
+    *,
+    fields: frozenset[str] = frozenset(),
+    accepted: bool = True,
+    late: bool = False,
+) -> ApiError:
     """What the engine said, for a client.
 
     Args:
         error: of the engine.
         fields: of the request; where the message begins with the name of one, that is the one at fault.
+        accepted: the engine had taken the request. Otherwise a break-down is one of before, and another server may do better.
         late: the request was cancelled by us for it took too long.
     """
     if isinstance(error, QueueFull):
@@ -80,7 +87,7 @@ def error_of(error: UserError | RequestFailed, *, fields: frozenset[str] = froze
         return ApiError(
             500, "the adapter cannot be loaded; the server's log says why", code="adapter_unusable", headers=NO_RETRY
         )
-    if error.kind == "stopped":
+    if error.kind == "stopped" or not accepted:
         return ApiError(503, str(error), code="unavailable")
     return ApiError(500, str(error), code=error.kind)
 
