@@ -103,7 +103,8 @@ class ContinuousBatching:
                     f"the attention of {type(model).__name__} cannot be exchanged, which continuous batching needs"
                 )
             self._processor: Any = manager._create_batch_processor()
-            self._processor.__class__ = _ending_quietly(type(self._processor))
+            kind: Any = type(self._processor)
+            self._processor.__class__ = _ending_quietly(kind)
             self._check_windows()
             self._io: Any = self._processor.inputs_and_outputs
             self._scheduler: Any = self._processor.scheduler
