@@ -20,7 +20,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve-demo test coverage test-oldest lint format types bench bench-suite docs check clean
+.PHONY: help install demo serve-demo test coverage test-ray test-oldest lint format types bench bench-suite docs check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test: $(VENV)/.installed-extras  ## the tests, warnings as errors and the rooms'
 
 coverage: $(VENV)/.installed-extras  ## the same, and which lines they reach; half as long again
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --cov --cov-report=term --cov-fail-under=90
+
+test-ray: $(VENV)/.installed-extras  ## the tests that start processes of Ray: replicas of the server, a suite of experiments
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/serving/replicas tests/benchmarks/suite/test_runner.py
 
 test-oldest: $(OLDEST)/.installed  ## the tests of what touches peft and transformers, on the oldest supported versions
 	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest --numprocesses=$(WORKERS) \
@@ -66,7 +69,7 @@ docs: $(VENV)/.installed-docs  ## the documentation as HTML in build/docs
 	@$(BIN)/sphinx-build -W --keep-going --quiet -b html docs build/docs
 	@echo "build/docs/index.html"
 
-check: test lint types test-oldest  ## all that has to hold before a change goes in
+check: test lint types test-ray test-oldest  ## all that has to hold before a change goes in
 
 clean:  ## remove what the other commands made
 	rm -rf $(VENV) $(OLDEST) build dist runs/demo runs/serve-demo .coverage .coverage.* coverage.xml htmlcov .pytest_cache .ruff_cache \
@@ -82,7 +85,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # Optional packages that tests use. Apart from the rest: with torchao installed, peft imports it, which takes seconds and
 # prints what it could not load.
 $(VENV)/.installed-extras: $(VENV)/.installed
-	@$(BIN)/python $(PIP) -c constraints.txt -e ".[quantized,eval,trl]"
+	@$(BIN)/python $(PIP) -c constraints.txt -e ".[quantized,eval,trl,ray]"
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed

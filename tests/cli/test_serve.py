@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.serve_process import Process
 from turnrow import RocoftConfig
 from turnrow.cli import serve
 from turnrow.cli.main import main
@@ -48,28 +43,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(root / "adapters" / "mine", root / "adapters" / "broken")
     (root / "adapters" / "broken" / "adapter_model.safetensors").write_bytes(b"x")
     return root / "model"
-
-
-class Process:
-    def __init__(self, model: Path, log: Path, *options: str) -> None:
-        self.log = log
-        command = [sys.executable, "-m", "turnrow", "serve", "--model", str(model), "--port", "0", *options]
-        environment = {**os.environ, "TURNROW_API_KEY": "sesame"}
-        with log.open("w") as stderr:
-            self.process = subprocess.Popen(command, stderr=stderr, stdout=subprocess.DEVNULL, env=environment)
-
-    def url(self) -> str:
-        deadline = time.monotonic() + 90
-        while (found := re.search(r" at (http://\S+)/v1", self.log.read_text())) is None:
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        return found[1]
-
-    def ask(self, path: str, body: Any = None) -> Any:
-        headers = {"Authorization": "Bearer sesame", "Content-Type": "application/json"}
-        data = None if body is None else json.dumps(body).encode()
-        return urllib.request.urlopen(urllib.request.Request(self.url() + path, data, headers), timeout=60)
 
 
 STREAMED = {"model": "mine", "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -123,7 +96,7 @@ REFUSED = [
     (["--max-body", "much"], "memory is 'much'"),
     (["--request-timeout", "-1"], "request_timeout_s is -1"),
     (["--api-key", ""], "api_key is empty"),
-    (["--device", "abacus"], "--device is 'abacus', which cannot be used"),
+    (["--device", "abacus"], "device is 'abacus', which cannot be used"),
     (["--model", "no/such/model"], "model 'no/such/model' cannot be loaded"),
     (["--adapters", "nowhere"], "the adapters' folder 'nowhere' does not exist"),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,12 @@ def byte_tokenizer() -> Any:
 @pytest.fixture
 def llama() -> Any:
     return model_of("llama")
+
+
+@pytest.fixture(scope="session")
+def saved_model(byte_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama on disk, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("replicas") / "model"
+    model_of("llama").save_pretrained(folder)
+    copy.deepcopy(byte_tokenizer).save_pretrained(folder)
+    return folder

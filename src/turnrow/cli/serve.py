@@ -85,6 +85,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="web pages that may call from a browser (CORS)",
     )
+    replicas = parser.add_argument_group("several processes or machines, by Ray Serve")
+    replicas.add_argument("--replicas", type=int, default=1, metavar="N", help="equal servers behind the one address")
+    replicas.add_argument(
+        "--ray-address", metavar="ADDRESS", help="a Ray cluster, or auto (default: Ray on this machine alone)"
+    )
+    replicas.add_argument(
+        "--replica-cpus", type=float, metavar="N", help="for each, also its threads (default: an equal share)"
+    )
+    replicas.add_argument(
+        "--replica-gpus",
+        type=float,
+        metavar="N",
+        help="for each (default: 1 where there are any, and --device is not cpu)",
+    )
     parser.epilog = (
         "  turnrow serve --model path/to/llama --adapters runs/adapters\n"
         "  curl -s localhost:8000/v1/models\n"
@@ -97,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     missing = [package for package in _PACKAGES if find_spec(package) is None]
     if missing:
         raise UserError(f"turnrow serve needs {', '.join(missing)}, not installed here: pip install 'turnrow[serve]'")
-    from turnrow.serving import AdapterStore, Engine
+    from turnrow.serving import EngineConfig
     from turnrow.serving.http import ServerSettings, bind, run_server
     from turnrow.training.sizes import parse_bytes
 
@@ -111,20 +125,45 @@ def run(args: argparse.Namespace) -> int:
         max_body_bytes=parse_bytes(args.max_body),
         allow_origins=tuple(args.allow_origin),
     )
-    limits = _limits(args)
     how = {} if args.host_memory is None else {"host_bytes": parse_bytes(args.host_memory)}
+    config = EngineConfig(
+        args.model,
+        args.adapters,
+        dtype=args.dtype,
+        device=args.device,
+        check_base=not args.no_check_base,
+        limits=_limits(args),
+        **how,
+    )
+    if args.replicas != 1 or args.ray_address is not None:
+        return _run_replicas(args, config, settings)
     # what can be refused is refused before a large model is loaded
-    with bind(args.host, args.port) as listening:
-        model, tokenizer = _load(args)
-        store = AdapterStore(model, args.adapters, check_base=not args.no_check_base, **how)
-        _register(store, settings)
-        with Engine(model, tokenizer, store, limits) as engine:
-            port = listening.getsockname()[1]
-            drained = run_server(engine, settings, listening, lambda: _announce(args, settings, engine, port))
-            if not drained:
-                return 130
-        store.close()
+    with bind(args.host, args.port) as listening, config.load() as engine:
+        port = listening.getsockname()[1]
+        adapters = len(engine.store.names())
+        drained = run_server(
+            engine, settings, listening, lambda: _announce(args, settings, port, adapters, engine.max_length)
+        )
+        if not drained:
+            return 130
+    engine.store.close()
     return 0
+
+
+def _run_replicas(args: argparse.Namespace, config: Any, settings: Any) -> int:
+    if find_spec("ray") is None or find_spec("ray.serve") is None:
+        raise UserError(
+            "turnrow serve --replicas needs ray[serve], not installed here: pip install 'turnrow[serve,ray]'"
+        )
+    from turnrow.serving.replicas.running import Placement, run_replicas
+
+    placement = Placement(args.replicas, args.ray_address, args.replica_cpus, args.replica_gpus)
+
+    def ready(health: Any, port: int) -> None:
+        report = health["replicas"][0]
+        _announce(args, settings, port, report["adapters"], report["max_length"])
+
+    return 0 if run_replicas(config, settings, placement, args.host, args.port, ready) else 130
 
 
 def _key(given: str | None, variable: str) -> str | None:
@@ -148,54 +187,18 @@ def _limits(args: argparse.Namespace) -> Any:
     return Limits(**{name: value for name, value in given.items() if value is not None})
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The base and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from turnrow.pretrained import plain_errors, resolve_model, without_load_report
-    from turnrow.training.base import load_tokenizer
-
-    location = resolve_model(args.model)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device is {device!r}, which cannot be used: {str(error).splitlines()[0]}") from None
-    loader: Any = AutoModelForCausalLM
-    with plain_errors(args.model), without_load_report():
-        model, loaded = loader.from_pretrained(location, dtype=args.dtype, device_map=device, output_loading_info=True)
-    if loaded["missing_keys"]:
-        lacking = sorted(loaded["missing_keys"])
-        raise UserError(
-            f"model {args.model!r} is no whole {type(model).__name__}: it lacks {len(lacking)} weights, such as {lacking[0]!r}"
-        )
-    return model, load_tokenizer(location)
-
-
-def _register(store: Any, settings: Any) -> None:
-    if store.root is None:
-        return
-    for name, reason in store.add_folder().items():
-        _log.warning("not served, %s: %s", name, reason)
-    if settings.base_name in store.names():
-        raise UserError(
-            f"the base and an adapter are both called {settings.base_name!r}: give the base another name, --served-model-name"
-        )
-
-
-def _announce(args: argparse.Namespace, settings: Any, engine: Any, port: int) -> None:
+def _announce(args: argparse.Namespace, settings: Any, port: int, adapters: int, max_length: int) -> None:
     """Say what is served, where, and who may."""
-    adapters = len(engine.store.names())
     host = f"[{args.host}]" if ":" in args.host else args.host
     _log.info(
-        "serving %s and %d adapter%s at http://%s:%d/v1, prompts and answers of up to %d tokens; Ctrl-C to end",
+        "serving %s and %d adapter%s%s at http://%s:%d/v1, prompts and answers of up to %d tokens; Ctrl-C to end",
         settings.base_name,
         adapters,
         "" if adapters == 1 else "s",
+        f" on {args.replicas} replicas" if args.replicas > 1 else "",
         host,
         port,
-        engine.max_length,
+        max_length,
     )
     if settings.api_key is None and args.host not in ("127.0.0.1", "::1", "localhost"):
         _log.warning("anybody who reaches %s may use it: set TURNROW_API_KEY to ask for a key", args.host)

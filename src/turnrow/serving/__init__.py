@@ -2,7 +2,7 @@
 
     store = AdapterStore(model, "adapters")          # names -> folders; on disk, in host memory
     store.add_folder()
-    with Engine(model, tokenizer, store) as engine:
+    with Engine(model, tokenizer, store) as engine:  # or: with EngineConfig("path/to/model", "adapters").load() as engine
         handle = engine.submit(Request(prompt_ids, adapter="french", max_tokens=32))
         for event in handle:                         # or: async for event in handle
             print(event.text, end="")
@@ -30,6 +30,7 @@ from __future__ import annotations
 from turnrow.serving.engine import Engine, EngineStats, Limits
 from turnrow.serving.handle import Answer, Handle
 from turnrow.serving.requests import Event, QueueFull, Request, RequestFailed, Sampling, TokenLogprob, Usage
+from turnrow.serving.starting import EngineConfig
 from turnrow.serving.store import BASE, AdapterStore
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "AdapterStore",
     "Answer",
     "Engine",
+    "EngineConfig",
     "EngineStats",
     "Event",
     "Handle",

@@ -26,6 +26,9 @@ def create_app(engine: Engine, settings: ServerSettings) -> FastAPI:
     Args:
         engine: started, or to be started before the first request. Whoever started it stops it.
         settings: of the HTTP side.
+
+    Raises:
+        UserError: an adapter has the base model's own name.
     """
     app = FastAPI(title="turnrow", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.service = service = Service.of(engine, settings)

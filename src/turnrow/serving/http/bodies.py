@@ -13,7 +13,7 @@ from turnrow.errors import near_matches
 from turnrow.serving.http.errors import ApiError
 from turnrow.serving.requests import Sampling
 
-__all__ = ["ChatBody", "CompletionBody", "GenerationBody", "LoadBody", "Message", "read_body"]
+__all__ = ["ChatBody", "CompletionBody", "GenerationBody", "LoadBody", "Message", "read_body", "read_bytes"]
 
 _STRICT = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -249,18 +249,27 @@ async def read_body(request: Request, form: type[_Body], max_bytes: int, timeout
             400,
             f"the body is said to be {kind[:60] or 'nothing'!r}; send JSON, with the header Content-Type: application/json",
         )
-    try:
-        data = await asyncio.wait_for(_read(request, max_bytes), timeout_s)
-    except asyncio.TimeoutError:
-        raise ApiError(
-            408, f"the body did not come in within {timeout_s:g} s", headers={"Connection": "close"}
-        ) from None
+    data = await read_bytes(request, max_bytes, timeout_s)
     try:
         body = form.model_validate_json(data)
     except ValidationError as error:
         raise _plain(form, error) from None
     body.check_others()
     return body
+
+
+async def read_bytes(request: Request, max_bytes: int, timeout_s: float) -> bytes:
+    """Read a request's body as it is.
+
+    Raises:
+        ApiError: 413 it is too long; 408 it comes in too slowly; 400 the client went away.
+    """
+    try:
+        return await asyncio.wait_for(_read(request, max_bytes), timeout_s)
+    except asyncio.TimeoutError:
+        raise ApiError(
+            408, f"the body did not come in within {timeout_s:g} s", headers={"Connection": "close"}
+        ) from None
 
 
 async def _read(request: Request, max_bytes: int) -> bytes:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from turnrow import __version__
-from turnrow.errors import near_matches
+from turnrow.errors import UserError, near_matches
 from turnrow.serving.engine import Engine
 from turnrow.serving.http.errors import ApiError
 from turnrow.serving.http.metrics import Metrics
@@ -51,7 +51,15 @@ class Service:
 
     @classmethod
     def of(cls, engine: Engine, settings: ServerSettings) -> Service:
-        """Of a started engine."""
+        """Of a started engine.
+
+        Raises:
+            UserError: an adapter has the base model's own name.
+        """
+        if settings.base_name in engine.store:
+            raise UserError(
+                f"the base and an adapter are both called {settings.base_name!r}: give the base another name, --served-model-name"
+            )
         return cls(engine, settings, Metrics(engine), Prompts(engine.tokenizer), TokenTexts(engine.tokenizer))
 
     def adapter(self, model: str, record: Record) -> str:

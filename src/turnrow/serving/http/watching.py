@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 import uuid
 
@@ -17,6 +18,8 @@ _log = logging.getLogger("turnrow.serving.http.access")
 _QUIET = ("/health", "/metrics")
 """Asked every few seconds by machines: logged only where they go wrong."""
 
+_ID = re.compile(rb"[A-Za-z0-9-]{16,64}")
+
 
 class Watch:
     """Wraps the application; gives each request its record, and its answer the header ``x-request-id``."""
@@ -29,7 +32,7 @@ class Watch:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = scope["turnrow"] = Record(uuid.uuid4().hex)
+        record = scope["turnrow"] = Record(_request_id(scope))
         began = time.perf_counter()
         status = 500
 
@@ -58,3 +61,9 @@ class Watch:
         if record.model is not None:
             text += f", model {record.model}, tokens {record.prompt_tokens} + {record.completion_tokens}"
         _log.info("%s, %s", text, record.request_id)
+
+
+def _request_id(scope: Scope) -> str:
+    """The number that a proxy before us gave to the request, else one of our own."""
+    given = dict(scope["headers"]).get(b"x-request-id", b"")
+    return given.decode() if _ID.fullmatch(given) else uuid.uuid4().hex
