@@ -78,7 +78,8 @@ def build(
             return adapter
 
         def __del__(self) -> None:
-            self.close()
+            if hasattr(self, "engine"):  # the model could be loaded
+                self.close()
 
     class _Gateway(Gateway):
         def __init__(self, handle: DeploymentHandle) -> None:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as TooLate
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -109,7 +110,7 @@ def run_replicas(
         Whether all that was accepted came to its end.
 
     Raises:
-        UserError: the port cannot be had, the cluster not be reached, there are too few CPUs or GPUs, or the model cannot be served.
+        UserError: the port cannot be had, the cluster not be reached or Ray Serve runs there already, there are too few CPUs or GPUs, or the model cannot be served.
     """
     if placement.address is None:
         config.check()
@@ -121,8 +122,13 @@ def run_replicas(
 
         from turnrow.serving.replicas.application import build
 
+        if serve.status().proxies:
+            raise UserError(
+                f"Ray Serve runs at {placement.address} already: end it (serve shutdown), or let it run turnrow too, from a file "
+                "(see docs/serving.md)"
+            )
         cpus, gpus = placement.resources(config, ray.cluster_resources())
-        application = build(config, settings, replicas=placement.replicas, cpus=cpus, gpus=gpus)
+        application = build(_absolute(config), settings, replicas=placement.replicas, cpus=cpus, gpus=gpus)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         serve.start(
@@ -140,8 +146,16 @@ def run_replicas(
                 signals.wait()
             return _end(handle, signals)
         finally:
-            # of a cluster, others may use Serve too
-            _within(_ENDING_S, serve.shutdown if placement.address is None else lambda: serve.delete(_NAME))
+            _within(_ENDING_S, serve.shutdown)
+
+
+def _absolute(config: EngineConfig) -> EngineConfig:
+    """With folders of this machine by their whole paths: the processes of a cluster begin elsewhere."""
+
+    def whole(path: str) -> str:
+        return str(Path(path).absolute()) if Path(path).is_dir() else path
+
+    return replace(config, model=whole(config.model), adapters=config.adapters and whole(config.adapters))
 
 
 def _start(application: Any, quiet: dict[str, Any], signals: _Signals) -> Any:
@@ -178,7 +192,7 @@ def _wait_until_healthy(host: str, port: int, replicas: int, signals: _Signals) 
         except (OSError, ValueError):
             pass
         if time.monotonic() > until:
-            raise UserError(f"{url} does not answer; is Ray Serve running there already, at another port?")
+            raise UserError(f"{url} does not answer, though the replicas run; Ray's logs say why")
     return None
 
 
