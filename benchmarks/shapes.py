@@ -38,6 +38,7 @@ SHAPES: dict[str, Shape] = {
     "tiny-llama": Shape("llama", 64, 192, 2, 4, 4, 50, False, 2, 16, "float32"),
     "tiny-bert": Shape("bert", 64, 192, 2, 4, 4, 50, False, 2, 16, "float32"),
     "llama": Shape("llama", 512, 1344, 6, 8, 8, 1_000, False, 4, 256, "float32"),
+    "llama-1024": Shape("llama", 1024, 2752, 2, 16, 16, 1_000, False, 4, 256, "float32"),
     "bert": Shape("bert", 512, 2048, 6, 8, 8, 1_000, False, 8, 128, "float32"),
     "llama-3.2-3b": Shape("llama", 3072, 8192, 28, 24, 8, 128_256, True, 1, 1024, "bfloat16"),
     "llama-2-7b": Shape("llama", 4096, 11008, 32, 32, 32, 32_000, False, 1, 1024, "bfloat16"),
