@@ -182,5 +182,3 @@ def _cache_bytes(model: PreTrainedModel, requests: int, length: int) -> int:
     config = model.config
     each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     return each * 16 * (requests * (-(-length // 16) + 1) + 4)
-
-

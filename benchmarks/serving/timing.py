@@ -187,7 +187,9 @@ def check_answers(
                 f"the merged model, more than {tolerance:g}"
             )
         if number is not None and _gap(base, prompts[place], answers[place]) <= tolerance:
-            raise WrongAnswer(f"{name}: adapter {number} answers as the base model does, so that nothing can be checked")
+            raise WrongAnswer(
+                f"{name}: adapter {number} answers as the base model does, so that nothing can be checked"
+            )
         worst = max(worst, gap)
     return worst
 
@@ -207,5 +209,3 @@ def _gap(model: PreTrainedModel, prompt: Tensor, answer: Sequence[int]) -> float
     logits = model(input_ids=whole[None], use_cache=False).logits[0, len(prompt) - 1 : -1].float()
     chosen = logits.gather(1, whole[len(prompt) :, None]).squeeze(1)
     return ((logits.max(-1).values - chosen) / logits.std(-1)).max().item()
-
-

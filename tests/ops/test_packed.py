@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -49,6 +49,12 @@ def test_a_grouping_holds_every_token_once_with_its_own_slot(row):
     assert tokens == [token for token, slot in enumerate(slots) if slot is not None]
     assert grouping.slots.tolist() == [slots[token] for token in tokens]
     assert grouping.together == (len(set(grouping.slots.tolist())) == 1)
+    assert grouping.tiles is None or grouping.runs is None
+    if grouping.runs is not None:
+        in_runs = [token for first, last in grouping.runs for token in range(first, last)]
+        assert in_runs == tokens
+        of_runs = [{slots[token] for token in range(first, last)} for first, last in grouping.runs]
+        assert of_runs == [{slot} for slot in grouping.tile_slots.tolist()]
     if grouping.tiles is not None:
         assert grouping.places is not None
         assert grouping.tiles[grouping.places].tolist() == list(range(len(tokens)))
@@ -56,11 +62,21 @@ def test_a_grouping_holds_every_token_once_with_its_own_slot(row):
         assert of_places.tolist() == grouping.slots.tolist()
 
 
+@pytest.fixture(params=[1, 4, 10**6], ids=["runs", "as on a CPU", "tiles"])
+def shortest(request, monkeypatch):
+    """How long runs are at least."""
+    monkeypatch.setitem(packed._SHORTEST_RUNS, "cpu", request.param)
+    return request.param
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(segments)
-def test_rows_columns_and_low_rank_equal_one_token_at_a_time(row):
+def test_rows_columns_and_low_rank_equal_one_token_at_a_time(shortest, row):
     grouping = grouped(row)
     if grouping is None:
         return
+    if shortest == 1 or shortest == 10**6:
+        assert (grouping.runs is not None) == (shortest == 1 and not grouping.together)
     x, y = row_of(row)
     wide, tall = torch.randn(SLOTS, RANK, IN, dtype=torch.float64), torch.randn(SLOTS, RANK, OUT, dtype=torch.float64)
     rows, columns = (torch.stack([torch.randperm(n)[:RANK] for _ in range(SLOTS)]) for n in (OUT, IN))
@@ -96,7 +112,7 @@ def test_entries_equal_one_token_at_a_time(row):
     torch.testing.assert_close(y, expected)
 
 
-def test_a_token_without_slot_is_left_alone_bit_for_bit():
+def test_a_token_without_slot_is_left_alone_bit_for_bit(shortest):
     row = [(3, None), (2, 1), (4, None), (1, 2)]
     grouping = grouped(row)
     assert grouping is not None
@@ -111,7 +127,7 @@ def test_a_token_without_slot_is_left_alone_bit_for_bit():
 
 
 @pytest.mark.parametrize("row", [[(1, 0), (1, 1), (1, 2)], [(30, 0), (20, 1)], [(9, 1), (1, None), (3, 1)]])
-def test_nan_in_one_token_stays_there(row):
+def test_nan_in_one_token_stays_there(shortest, row):
     grouping = grouped(row)
     assert grouping is not None
     x, y = row_of(row)
@@ -129,7 +145,19 @@ def test_nan_in_one_token_stays_there(row):
     ("row", "length"),
     [([(1, 0), (1, 1), (1, 2)], 1), ([(200, 0), (200, 1)], 256), ([(200, 0), (1, 1), (1, 2), (1, 3)], 16)],
 )
-def test_tiles_are_tokens_in_decoding_and_long_in_prompts(row, length):
+def test_tiles_are_tokens_in_decoding_and_long_in_prompts(row, length, monkeypatch):
+    monkeypatch.setitem(packed._SHORTEST_RUNS, "cpu", 10**6)
     grouping = grouped(row)
     assert grouping is not None
     assert grouping.length == length
+
+
+def test_neighbours_of_one_slot_are_one_run_and_short_ones_are_none():
+    grouping = grouped([(8, 1), (4, 1), (3, None), (6, 2), (0, 1), (6, 2), (5, 1)])
+    assert grouping is not None
+    assert grouping.runs == ((0, 12), (15, 27), (27, 32))
+    assert grouping.tile_slots.tolist() == [1, 2, 1]
+    for row in ([(1, 0), (1, 1), (1, 2)], [(4, 0), (3, 1)]):
+        found = grouped(row)
+        assert found is not None
+        assert found.runs is None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.serving.serving_models import model_of, prompt_of
+from tests.serving.serving_models import configurations, model_of, prompt_of, write_adapter
+from turnrow.ops import packed
 from turnrow.serving.batch.adapter_layers import AdapterLayers
 from turnrow.serving.batch.packing import PackedStep, Segment
 from turnrow.serving.batch.patches import Patch
@@ -63,3 +64,21 @@ def test_a_layer_given_other_tokens_than_the_step_has_says_so(adapters):
     layers.put(0, Reader(model, served_layers(model), torch.float32).read(adapters("llama")["rows"]))
     with pytest.raises(RuntimeError, match=r"q_proj' was given 6 tokens in a step of 5"):
         forward(model, layers, PackedStep.of([Segment(0, 5, True)], CPU))
+
+
+@pytest.mark.parametrize("name", list(configurations("llama")))
+def test_runs_of_tokens_are_given_what_single_tokens_are(name, tmp_path, monkeypatch):
+    model = model_of("llama")
+    layers, reader = AdapterLayers(served_layers(model), CPU), Reader(model, served_layers(model), torch.float32)
+    for slot in (0, 1):
+        folder = write_adapter("llama", configurations("llama")[name], tmp_path / str(slot), seed=slot)
+        layers.put(slot, reader.read(folder))
+    found = {}
+    for shortest in (1, 100):
+        monkeypatch.setitem(packed._SHORTEST_RUNS, "cpu", shortest)
+        for slots in ((0, 1), (1, 0)):
+            row = [Segment(slots[0], 2, True), Segment(None, 1, True), Segment(slots[1], 3, True)]
+            found[shortest, slots] = forward(model, layers, PackedStep.of(row, CPU, head_sees_kept=False))
+    for slots in ((0, 1), (1, 0)):
+        torch.testing.assert_close(found[1, slots], found[100, slots], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found[1, (0, 1)], found[1, (1, 0)], rtol=1e-2, atol=1e-2)

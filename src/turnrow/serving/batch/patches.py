@@ -57,7 +57,7 @@ class Patch:
             gathered = known[1]
         else:
             gathered = self._gather(grouping)
-            steady = grouping.tiles is None and len(grouping.slots) <= _STEADY
+            steady = grouping.tiles is None and grouping.runs is None and len(grouping.slots) <= _STEADY
             self._gathered = (grouping, gathered) if steady else None
         self._apply_(y, x, gathered, grouping)
 
@@ -154,7 +154,7 @@ class _Rotation(Patch):
         )
 
     def _gather(self, grouping: Grouping) -> pairs.InPlace:
-        own = [_of_tokens(table, grouping) for table in self.tables]
+        own = [_of_runs(table, grouping) for table in self.tables]
         if self._form == "turn":
             return own[0]
         if self._form == "shears":
@@ -163,6 +163,13 @@ class _Rotation(Patch):
         return c1, s1, c2, s2
 
     def _apply_(self, y: Tensor, x: Tensor, gathered: pairs.InPlace, grouping: Grouping) -> None:
+        if grouping.runs is not None:
+            for place, (first, last) in enumerate(grouping.runs):
+                own = y[first:last]
+                turned = pairs.rotate_(own, _of_place(gathered, place))
+                if turned is not own:
+                    own.copy_(turned)
+            return
         own = y if grouping.tokens is None else y.index_select(0, grouping.tokens)
         turned = pairs.rotate_(own, gathered)
         if grouping.tokens is not None:
@@ -184,6 +191,23 @@ def patch_for(kind: str, device: torch.device, out_features: int, in_features: i
 def _of_tokens(table: Table, grouping: Grouping) -> Tensor:
     """(n, ...) what a table holds for every token; (1, ...) where all have one slot."""
     return _filled(table).index_select(0, grouping.tile_slots if grouping.together else grouping.slots)
+
+
+def _of_runs(table: Table, grouping: Grouping) -> Tensor:
+    """(M, ...) what a table holds for every run; without runs, `_of_tokens`."""
+    if grouping.runs is None:
+        return _of_tokens(table, grouping)
+    return _filled(table).index_select(0, grouping.tile_slots)
+
+
+def _of_place(gathered: pairs.InPlace, place: int) -> pairs.InPlace:
+    """Of what `_of_runs` gathered, that of one run."""
+    if isinstance(gathered, Tensor):
+        return gathered[place]
+    if isinstance(gathered, pairs.Shears):
+        return pairs.Shears(gathered.a[place], gathered.b[place], gathered.d[place])
+    c1, s1, c2, s2 = (entry[place] for entry in gathered)
+    return c1, s1, c2, s2
 
 
 def _filled(table: Table) -> Tensor:
