@@ -20,7 +20,7 @@ __all__ = ["BASE", "METHODS", "PEFT_BASE", "Method", "enliven", "write_adapters"
 BASE = "base"
 PEFT_BASE = "peft_base"
 
-_SIZE = {"ROAD": 0.5, "ROCOFT": 0.05, "LORA": 0.05}
+_SIZE = {"ROAD": 0.5, "ROCOFT": 0.3, "LORA": 0.1}
 """Standard deviation of what is added to a parameter's initial value: enough that every adapter has an answer of its own."""
 
 

@@ -55,7 +55,9 @@ def run_load(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
     asked = list(dict.fromkeys(ask.adapter for ask in asks))
     # from the middle of the popularities: neither the one that most ask for nor those that nobody does
-    spoilt = frozenset(asked[1 :: max(1, len(asked) // settings["spoilt"])][: settings["spoilt"]] if settings["spoilt"] else ())
+    spoilt = frozenset(
+        asked[1 :: max(1, len(asked) // settings["spoilt"])][: settings["spoilt"]] if settings["spoilt"] else ()
+    )
     for name in spoilt:
         spoil(root / name)
     each = sum(file.stat().st_size for file in root.glob("*/adapter_model.safetensors")) // len(names)
@@ -109,7 +111,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=_MODEL, help="a folder; default: the small Llama of the examples")
     parser.add_argument("--adapters", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--slots", type=int, default=64, help="of the server; default: %(default)s")
-    parser.add_argument("--held", type=int, default=100, help="adapters in host memory, of average size; default: %(default)s")
+    parser.add_argument(
+        "--held", type=int, default=100, help="adapters in host memory, of average size; default: %(default)s"
+    )
     parser.add_argument("--requests", type=int, default=400, help="default: %(default)s")
     parser.add_argument("--at-once", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--exponent", type=float, default=1.0, help="of Zipf's law; default: %(default)s")

@@ -145,7 +145,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for name, values in result["latencies"].items():
         ordered = sorted(values)
         shares = [(place + 1) / len(ordered) for place in range(len(ordered))]
-        times.step(ordered, shares, where="post", label={"first_token": "first token (streams)", "whole": "whole"}[name])
+        times.step(
+            ordered, shares, where="post", label={"first_token": "first token (streams)", "whole": "whole"}[name]
+        )
     times.set(xlabel="s", ylabel="share of answers", ylim=(0, 1.01), title="Latency")
     times.set_xlim(left=0)
     times.legend(loc="lower right", frameon=False)

@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -86,11 +87,9 @@ class Child:
 
     def _watch(self) -> None:
         process = psutil.Process(self._process.pid)
-        while not self._over.wait(_EVERY_S):
-            try:
+        with suppress(psutil.Error):  # it has ended
+            while not self._over.wait(_EVERY_S):
                 self.memory.append((self.seconds(), process.memory_info().rss))
-            except psutil.Error:  # it has ended
-                return
 
 
 def figures_of(url: str) -> dict[str, float]:

@@ -1,0 +1,102 @@
+"""The table of a result file, and which of the goals it reaches."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from benchmarks.serving.methods import BASE, METHODS
+from benchmarks.table import origin
+
+__all__ = ["GOALS", "PEER_GOAL", "markdown", "tokens_per_second"]
+
+GOALS: dict[str, float] = {"road_1": 0.95, "rows": 0.92, "columns": 0.92}
+"""The least share of the base model's speed, at the largest number of adapters, under every load."""
+
+PEER_GOAL = 4.0
+"""How many times as fast as peft's batch of as many adapters, in decoding."""
+
+_DECODING = "decode"
+_PEERS = ("peft_lora", "peft_road")
+
+
+def tokens_per_second(settings: dict[str, Any], load: str, seconds: float) -> float:
+    """New tokens in decoding; where prompts are most of the work, tokens read and new."""
+    prompt, new = settings["loads"][load]
+    return settings["requests"] * (new if load == _DECODING else prompt + new) / seconds
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables of a result, one for each load, with its setting above and its goals below."""
+    settings = result["settings"]
+    setting = origin(
+        {**result, "settings": {**settings, "repeats": settings["rounds"]}},
+        f"{settings['requests']} requests in a batch; speed as a share of the base model's in the same engine, by {_clock(settings)}",
+    )
+    parts = [setting]
+    for load in settings["loads"]:
+        parts += [_title(settings, load), _rows(result, load)]
+    return "\n\n".join([*parts, _goals(result)]) + "\n"
+
+
+def _clock(settings: dict[str, Any]) -> str:
+    return {"process_time": "processor time", "perf_counter": "the time of day"}[settings["clock"]]
+
+
+def _title(settings: dict[str, Any], load: str) -> str:
+    prompt, new = settings["loads"][load]
+    counted = "new tokens" if load == _DECODING else "tokens read and new"
+    return f"Prompts of {prompt} tokens and {new} new ones; {counted} a second:"
+
+
+def _rows(result: dict[str, Any], load: str) -> str:
+    settings = result["settings"]
+    counts = [str(count) for count in settings["adapters"]]
+    heads = [f"{count} adapter{'s' if count != '1' else ''}" for count in counts]
+    lines = [f"| | {' | '.join(heads)} | parameters an adapter |", f"|---|{'--:|' * (len(counts) + 1)}"]
+    for name, method in result["methods"].items():
+        found = method[load]["adapters"]
+        cells = [_cell(found[count], settings, load) if count in found else "" for count in counts]
+        if "0" in found:
+            cells[-1] = _cell(found["0"], settings, load)
+        lines.append(f"| {METHODS[name].title} | {' | '.join(cells)} | {method['parameters']:,} |")
+    return "\n".join(lines)
+
+
+def _cell(entry: dict[str, Any], settings: dict[str, Any], load: str) -> str:
+    ratio = entry["ratio"]
+    low, high = ratio["quartiles"]
+    speed = tokens_per_second(settings, load, entry["seconds"]["median"])
+    return f"{ratio['median']:.3f} ({low:.3f}–{high:.3f}), {speed:,.0f}"
+
+
+def _goals(result: dict[str, Any]) -> str:
+    settings, methods = result["settings"], result["methods"]
+    most = str(max(settings["adapters"]))
+    at_most = lambda name, load: methods[name][load]["adapters"][most]  # noqa: E731
+    lines = []
+    for load in settings["loads"]:
+        for name, least in GOALS.items():
+            if name not in methods:
+                continue
+            reached = at_most(name, load)["ratio"]["median"]
+            said = f"{reached:.3f}, {'reached' if reached >= least else 'MISSED'}"
+            if "lora" in methods:
+                times = _times(at_most("lora", load), at_most(name, load))
+                said += f"; {times:.2f} times the speed of LoRA, {'ahead' if times > 1 else 'BEHIND'}"
+            lines.append(f"- {name}, {load}, {most} adapters: at least {least:.2f} of {BASE}: {said}")
+    if _DECODING in settings["loads"]:
+        for peer in (peer for peer in _PEERS if peer in methods):
+            for name in (name for name in GOALS if name in methods):
+                times = _times(at_most(peer, _DECODING), at_most(name, _DECODING))
+                lines.append(
+                    f"- {name}, {_DECODING}, {most} adapters: at least {PEER_GOAL:g} times {peer}: {times:.1f}, "
+                    f"{'reached' if times >= PEER_GOAL else 'MISSED'}"
+                )
+    return "\n".join(lines)
+
+
+def _times(slower: dict[str, Any], faster: dict[str, Any]) -> float:
+    """How many times as fast, the median over the rounds that both ran in."""
+    pairs = zip(slower["seconds"]["samples"], faster["seconds"]["samples"], strict=False)
+    return statistics.median(slow / fast for slow, fast in pairs)
