@@ -215,7 +215,10 @@ def rotate_(h: Tensor, prepared: InPlace) -> Tensor:
         (..., out) in the dtype of h; computed in the wider dtype of h and the blocks.
     """
     if isinstance(prepared, Tensor):
-        if (h.dtype, prepared.dtype) == (torch.float32, torch.complex64):  # the same, in fewer calls: decoding feels them
+        if (h.dtype, prepared.dtype) == (
+            torch.float32,
+            torch.complex64,
+        ):  # the same, in fewer calls: decoding feels them
             h.view(torch.complex64).mul_(prepared)
             return h
         wide = h.to(torch.promote_types(h.dtype, prepared.real.dtype))
