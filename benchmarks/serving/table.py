@@ -17,7 +17,7 @@ PEER_GOAL = 4.0
 """How many times as fast as peft's batch of as many adapters, in decoding."""
 
 _DECODING = "decode"
-_PEERS = ("peft_lora", "peft_road")
+_RIVALS = ("lora", "peft_lora", "peft_road")
 
 
 def tokens_per_second(settings: dict[str, Any], load: str, seconds: float) -> float:
@@ -74,26 +74,24 @@ def _goals(result: dict[str, Any]) -> str:
     settings, methods = result["settings"], result["methods"]
     most = str(max(settings["adapters"]))
     at_most = lambda name, load: methods[name][load]["adapters"][most]  # noqa: E731
-    lines = []
+    rivals = [name for name in _RIVALS if name in methods]
+    heads = [f"with {most} adapters", f"of {BASE} (goal)", *(f"times {name}" for name in rivals)]
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) - 1)}"]
     for load in settings["loads"]:
         for name, least in GOALS.items():
             if name not in methods:
                 continue
-            reached = at_most(name, load)["ratio"]["median"]
-            said = f"{reached:.3f}, {'reached' if reached >= least else 'MISSED'}"
-            if "lora" in methods:
-                times = _times(at_most("lora", load), at_most(name, load))
-                said += f"; {times:.2f} times the speed of LoRA, {'ahead' if times > 1 else 'BEHIND'}"
-            lines.append(f"- {name}, {load}, {most} adapters: at least {least:.2f} of {BASE}: {said}")
-    if _DECODING in settings["loads"]:
-        for peer in (peer for peer in _PEERS if peer in methods):
-            for name in (name for name in GOALS if name in methods):
-                times = _times(at_most(peer, _DECODING), at_most(name, _DECODING))
-                lines.append(
-                    f"- {name}, {_DECODING}, {most} adapters: at least {PEER_GOAL:g} times {peer}: {times:.1f}, "
-                    f"{'reached' if times >= PEER_GOAL else 'MISSED'}"
-                )
+            cells = [_reached(at_most(name, load)["ratio"]["median"], least, "{:.3f}")]
+            for rival in rivals:
+                times = _times(at_most(rival, load), at_most(name, load))
+                goal = 1.0 if rival == "lora" else PEER_GOAL if load == _DECODING else None
+                cells.append(f"{times:.2f}" if goal is None else _reached(times, goal, "{:.2f}"))
+            lines.append(f"| {name}, {load} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _reached(value: float, goal: float, form: str) -> str:
+    return f"{form.format(value)} ({goal:g}: {'reached' if value >= goal else 'MISSED'})"
 
 
 def _times(slower: dict[str, Any], faster: dict[str, Any]) -> float:
