@@ -81,23 +81,12 @@ def adamw_state_bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def interleaved_seconds(
-    steps: Mapping[str, Callable[[], object]],
-    *,
-    rounds: int,
-    device: str,
-    seed: int,
-    clock: Callable[[], float] = time.perf_counter,
-    prepare: Mapping[str, Callable[[], object]] | None = None,
+    steps: Mapping[str, Callable[[], object]], *, rounds: int, device: str, seed: int
 ) -> dict[str, list[float]]:
     """Time every step once per round, in an order shuffled anew for each round.
 
     Interleaving makes the steps share whatever else the machine does, so that ratios within a round are fair where
     absolute seconds are not. Python's garbage collector runs between the steps, never inside one.
-
-    Args:
-        clock: `time.process_time` counts what all threads of this process ran on a processor, and not what others took from it;
-            right where one thread at a time works, and not on an accelerator.
-        prepare: what is done before a step, outside of its time.
 
     Returns:
         For each name the seconds of its step in round 0, 1, ...
@@ -112,13 +101,11 @@ def interleaved_seconds(
             gc.collect()
             gc.disable()
             try:
-                if prepare:
-                    prepare[name]()
                 wait()
-                start = clock()
+                start = time.perf_counter()
                 steps[name]()
                 wait()
-                seconds[name].append(clock() - start)
+                seconds[name].append(time.perf_counter() - start)
             finally:
                 gc.enable()
     return seconds

@@ -6,7 +6,7 @@
 
 Two loads: short prompts with long answers (decoding), and long prompts with short answers. A batch of requests shares 1, 8 or 32 different
 adapters. All methods share the storage of one set of base weights, adapt the same layers, see the same prompts and generate greedily as
-many tokens. Before a method is timed, its answers are held against those of the merged models.
+many tokens. Before a method is timed, its answers are held against those of the merged models. All methods answer at once and take turns, a forward pass each.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from benchmarks.results import provenance, write
 from benchmarks.serving.methods import BASE, METHODS, enliven
 from benchmarks.serving.table import markdown
 from benchmarks.serving.timing import TOLERANCE, measure_load
+from benchmarks.serving.turns import CLOCKS
 from benchmarks.shapes import SHAPES, build_model, target_names
 
 __all__ = ["main"]
@@ -63,8 +64,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch; default: %(default)s")
     parser.add_argument(
         "--clock",
-        choices=("process_time", "perf_counter"),
-        help="processor time of the process, or the time of day; default: the first on one thread of a CPU, where nothing overlaps",
+        choices=CLOCKS,
+        help="processor time of the thread that runs the model, or the time of day; default: the first on one thread of a CPU",
     )
     parser.add_argument("--output", type=Path, help="JSON file to write, else only the table is printed")
     parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a result file; measure nothing")
@@ -90,7 +91,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "rounds": arguments.rounds,
         "peer_rounds": min(arguments.peer_rounds, arguments.rounds),
         "batch_tokens": arguments.batch_tokens,
-        "clock": arguments.clock or ("process_time" if on_one_core else "perf_counter"),
+        "clock": arguments.clock or CLOCKS[0 if on_one_core else 1],
         "seed": _SEED,
     }
     names = [name for name in METHODS if name in arguments.methods or name == BASE]

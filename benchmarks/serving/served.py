@@ -16,11 +16,14 @@ from benchmarks.methods import sharing_copy, with_road_of_peft
 from benchmarks.serving.methods import METHODS, Method
 from turnrow.serving import BASE, AdapterStore, Engine, Limits, Request, Sampling
 
-__all__ = ["InEngine", "InPeft", "Served", "serve", "tokenizer_of"]
+__all__ = ["InEngine", "InPeft", "Served", "always_open", "serve", "tokenizer_of"]
 
 
 class Served(Protocol):
     """Answers batches; greedily, and always as many tokens as asked for."""
+
+    gate: Callable[[], None]
+    """Called before every forward pass of an answer, by the thread that runs the model."""
 
     def begin(self, adapters: Sequence[int | None]) -> None:
         """Hand in the prompts, each with the adapter of that number; not part of a batch's time."""
@@ -64,6 +67,7 @@ class InEngine:
         for number, folder in enumerate(folders):
             self._store.add(str(number), folder)
         self.engine = Engine(model, tokenizer_of(config.vocab_size), self._store, limits).start()
+        self.gate = always_open
         self._free, self._held = threading.Event(), threading.Event()
         self._free.set()
         self._hook = model.register_forward_pre_hook(self._hold)
@@ -74,6 +78,8 @@ class InEngine:
         if not self._free.is_set():
             self._held.set()
             self._free.wait()
+        else:
+            self.gate()
 
     def begin(self, adapters: Sequence[int | None]) -> None:
         """See `Served`."""
@@ -117,6 +123,8 @@ class InPeft:
         self, method: Method, model: PreTrainedModel, folders: Sequence[Path], prompts: Tensor, new_tokens: int
     ) -> None:
         self._prompts, self._new_tokens = prompts, new_tokens
+        self.gate = always_open
+        self._hook = model.register_forward_pre_hook(lambda model, args: self.gate())
         self._model: Any = model
         if folders:
             self._model = _load_into_peft(method, model, folders)
@@ -140,7 +148,12 @@ class InPeft:
         return found[:, self._prompts.shape[1] :].tolist()
 
     def close(self) -> None:
-        """Nothing."""
+        """Give the model back."""
+        self._hook.remove()
+
+
+def always_open() -> None:
+    """A gate through which everybody may go."""
 
 
 def serve(

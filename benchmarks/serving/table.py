@@ -40,7 +40,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _clock(settings: dict[str, Any]) -> str:
-    return {"process_time": "processor time", "perf_counter": "the time of day"}[settings["clock"]]
+    return {"thread_time": "processor time", "perf_counter": "the time of day"}[settings["clock"]]
 
 
 def _title(settings: dict[str, Any], load: str) -> str:

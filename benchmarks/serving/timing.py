@@ -1,9 +1,8 @@
-"""Check that every method answers as its merged models do, then time all of them, interleaved."""
+"""Check that every method answers as its merged models do, then time all of them, pass by pass in turn."""
 
 from __future__ import annotations
 
-import gc
-import time
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks import measure
 from benchmarks.methods import sharing_copy
 from benchmarks.results import spread
 from benchmarks.serving.methods import BASE, METHODS, write_adapters
 from benchmarks.serving.served import InEngine, Served, serve
+from benchmarks.serving.turns import take_turns
 from turnrow.adapters import load_adapter
 
 __all__ = ["Load", "WrongAnswer", "check_answers", "measure_load", "merged"]
@@ -60,16 +59,16 @@ def measure_load(
         root: a folder for their files; what is there is used.
         load: of every request.
         requests: in a batch.
-        adapters: how many different ones share a batch, one count after the other.
+        adapters: how many different ones share a batch, ascending.
         rounds: of all methods in the engine.
         peer_rounds: the first of these, in which also those of peft run.
         batch_tokens: in a step of the engine.
-        clock: a function of `time`.
+        clock: one of `turns.CLOCKS`.
         seed: of prompts and order.
 
     Returns:
         For each method the `parameters` of one adapter, the `gap` of its answers (see `check_answers`), and for each number of
-        adapters `seconds`, and `ratio`, the base model's time by the method's within a round; of what runs in the engine also
+        adapters `seconds`, and `ratio`, the base model's time by the method's, of those that took turns together; of what runs in the engine also
         the `steps` of a batch.
 
     Raises:
@@ -90,13 +89,13 @@ def measure_load(
                 batches[name, count] = served, [place % count if count else None for place in range(requests)]
             gap = check_answers(name, served, base, folders, prompts, batches[name, counts[-1]][1])
             entries[name] = {"parameters": parameters, "gap": gap, "adapters": {str(count): {} for count in counts}}
-        steps = {batch: batches[batch][0].answer for batch in batches}
-        prepare = {batch: (lambda s=served, a=chosen: s.begin(a)) for batch, (served, chosen) in batches.items()}
-        seconds = _interleaved(steps, prepare, rounds, peer_rounds, device=device, seed=seed, clock=clock)
-        for (name, count), (served, _) in batches.items():
-            found = seconds[name, count]
-            ratios = [limit / own for own, limit in zip(found, seconds[BASE, 0], strict=False)]
-            entry = entries[name]["adapters"][str(count)]
+        seconds = _interleaved(batches, adapters, rounds, peer_rounds, device=device, seed=seed, clock=clock)
+        for (name, count), found in seconds.items():
+            served, _ = batches.get((name, count)) or batches[name, 0]
+            if (name, count) not in batches and count != adapters[-1]:
+                continue  # the base model beside fewer adapters
+            ratios = [limit / own for own, limit in zip(found, seconds[BASE, count], strict=False)]
+            entry = entries[name]["adapters"][str(count if (name, count) in batches else 0)]
             entry.update(seconds=spread(found), ratio=spread(ratios))
             if isinstance(served, InEngine):
                 entry["steps"] = served.steps
@@ -119,34 +118,36 @@ def _files(
 
 
 def _interleaved(
-    steps: Mapping[Any, Any],
-    prepare: Mapping[Any, Any],
+    batches: Mapping[tuple[str, int], tuple[Served, list[int | None]]],
+    adapters: Sequence[int],
     rounds: int,
     peer_rounds: int,
     *,
     device: str,
     seed: int,
     clock: str,
-) -> dict[Any, list[float]]:
-    """Seconds of each batch by round, after one to warm up; those of peft only in the first `peer_rounds`."""
-    seconds: dict[Any, list[float]] = {batch: [] for batch in steps}
-    gc.collect()
-    gc.freeze()  # not what the libraries brought, at every step
-    try:
-        for number in range(-1, rounds):
-            now = {
-                batch: step
-                for batch, step in steps.items()
-                if number < peer_rounds or METHODS[batch[0]].where == "engine"
+) -> dict[tuple[str, int], list[float]]:
+    """Seconds by round of each method and number of adapters, after a round to warm up; those of peft only in the first `peer_rounds`.
+
+    The methods that share a number of adapters take turns. Those without adapters are the base model: in the engine it takes part
+    each time, and by `generate` beside the largest number.
+    """
+    seconds: dict[tuple[str, int], list[float]] = {}
+    shuffle = random.Random(seed).shuffle
+    for number in range(-1, rounds):
+        for count in adapters:
+            own = {name: batch for (name, its), batch in batches.items() if its == count}
+            own |= {
+                name: batch
+                for (name, its), batch in batches.items()
+                if its == 0 and (name == BASE or count == adapters[-1])
             }
-            found = measure.interleaved_seconds(
-                now, rounds=1, device=device, seed=seed + number, clock=getattr(time, clock), prepare=prepare
-            )
+            names = [name for name in own if METHODS[name].where == "engine" or number < peer_rounds]
+            shuffle(names)
+            found = take_turns(own, names, clock=clock, device=device)
             if number >= 0:
-                for batch, (one,) in found.items():
-                    seconds[batch].append(one)
-    finally:
-        gc.unfreeze()
+                for name, one in found.items():
+                    seconds.setdefault((name, count), []).append(one)
     return seconds
 
 

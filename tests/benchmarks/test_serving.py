@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from benchmarks.serving.methods import BASE, METHODS, enliven, write_adapters
 from benchmarks.serving.served import InEngine, serve
 from benchmarks.serving.table import markdown, tokens_per_second
 from benchmarks.serving.timing import WrongAnswer, check_answers
+from benchmarks.serving.turns import take_turns
 from benchmarks.shapes import SHAPES, build_model, target_names
 
 SIZES = [
@@ -57,7 +59,7 @@ def test_file_says_where_its_numbers_come_from(result: dict[str, Any]) -> None:
     assert {"processor", "cores", "threads", "load_average"} <= result["machine"].keys()
     settings = result["settings"]
     assert settings["loads"] == {"decode": [4, 5], "prefill": [20, 3]}
-    assert (settings["clock"], settings["dtype"], settings["adapters"]) == ("process_time", "float32", [1, 3])
+    assert (settings["clock"], settings["dtype"], settings["adapters"]) == ("thread_time", "float32", [1, 3])
 
 
 def test_file_holds_every_method_with_all_rounds(result: dict[str, Any]) -> None:
@@ -104,6 +106,8 @@ def test_a_batch_in_the_engine_is_what_each_merged_model_generates(base: Any, tm
 class _Answering:
     """Gives answers that were made beforehand."""
 
+    gate = staticmethod(lambda: None)
+
     def __init__(self, answers: list[list[int]]) -> None:
         self._answers = answers
 
@@ -140,6 +144,37 @@ def test_wrong_answers_and_adapters_without_effect_are_not_timed(base: Any, tmp_
         check_answers("rows", _Answering([of(base, 0), of(base, 1)]), base, [idle / "0"], prompts, [0, None])
 
 
+class _Passing:
+    """Takes a number of passes, each of which it writes down."""
+
+    def __init__(self, name: str, passes: int, log: list[str]) -> None:
+        self.gate: Any = None
+        self._name, self._passes, self._log = name, passes, log
+
+    def begin(self, adapters: Any) -> None:
+        pass
+
+    def answer(self) -> list[list[int]]:
+        for _ in range(self._passes):
+            self.gate()
+            self._log.append(self._name)
+            until = time.thread_time() + 0.01
+            while time.thread_time() < until:
+                pass
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+def test_methods_take_turns_pass_by_pass_and_each_counts_its_own_time() -> None:
+    log: list[str] = []
+    batches: Any = {name: (_Passing(name, passes, log), []) for name, passes in (("a", 2), ("b", 4), ("c", 1))}
+    seconds = take_turns(batches, ["b", "c", "a"], clock="thread_time", device="cpu")
+    assert "".join(log) == "bcababb"
+    assert {name: round(100 * value) for name, value in seconds.items()} == {"a": 2, "b": 4, "c": 1}
+
+
 def made_up(seconds: dict[str, float]) -> dict[str, Any]:
     """A result with one round and one load, of a base that takes 1 s."""
     one = lambda value: {"median": value, "quartiles": [value, value], "samples": [value]}  # noqa: E731
@@ -148,7 +183,7 @@ def made_up(seconds: dict[str, float]) -> dict[str, Any]:
         entry = {"seconds": one(value), "ratio": one(1 / value)}
         count = "0" if METHODS[name].config is None else "32"
         methods[name] = {"parameters": 7, "decode": {"gap": 0.0, "adapters": {count: entry}}}
-    settings = {"shape": "llama", "dtype": "float32", "requests": 32, "adapters": [32], "loads": {"decode": [16, 64]}, "rounds": 1, "clock": "process_time"}  # fmt: skip
+    settings = {"shape": "llama", "dtype": "float32", "requests": 32, "adapters": [32], "loads": {"decode": [16, 64]}, "rounds": 1, "clock": "thread_time"}  # fmt: skip
     shape = {"family": "llama", "hidden": 1, "intermediate": 1, "layers": 1, "vocabulary": 1}
     machine = {"processor": "p", "threads": 1, "cores": 2}
     commit = {"commit": "0" * 40, "modified": False}
