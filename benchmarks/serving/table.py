@@ -73,7 +73,10 @@ def _cell(entry: dict[str, Any], settings: dict[str, Any], load: str) -> str:
 def _goals(result: dict[str, Any]) -> str:
     settings, methods = result["settings"], result["methods"]
     most = str(max(settings["adapters"]))
-    at_most = lambda name, load: methods[name][load]["adapters"][most]  # noqa: E731
+
+    def at_most(name: str, load: str) -> dict[str, Any]:
+        return methods[name][load]["adapters"][most]
+
     rivals = [name for name in _RIVALS if name in methods]
     heads = [f"with {most} adapters", f"of {BASE} (goal)", *(f"times {name}" for name in rivals)]
     lines = [f"| {' | '.join(heads)} |", f"|---|{'--:|' * (len(heads) - 1)}"]

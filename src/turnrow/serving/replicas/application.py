@@ -142,10 +142,9 @@ def app(args: Mapping[str, Any]) -> Application:
 
 def _part(kind: Any, given: dict[str, Any], **others: Any) -> Any:
     """Take the fields of a dataclass out of `given`; values may be texts, as they are where ``serve run`` is told them."""
-    types = {field.name: field.type for field in fields(kind) if field.name not in others}
-    hints = TypeAdapter(kind)
+    names = [field.name for field in fields(kind) if field.name in given and field.name not in others]
     try:
-        return hints.validate_python({**{name: given.pop(name) for name in types if name in given}, **others})
+        return TypeAdapter(kind).validate_python({**{name: given.pop(name) for name in names}, **others})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UserError(f"{'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}") from None

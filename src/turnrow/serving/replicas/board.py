@@ -70,15 +70,13 @@ class Board:
     def __init__(self) -> None:
         self._changes: dict[str, Change] = {}
         self._reports: dict[str, Report] = {}
-
-    @property
-    def number(self) -> int:
-        """Of the last change; 0 before the first."""
-        return max((change.number for change in self._changes.values()), default=0)
+        self.number = 0
+        """Of the last change; 0 before the first. Every request asks for it."""
 
     def record(self, change: Change) -> None:
         """Add a change."""
-        self._changes[change.name] = replace(change, number=max(self.number + 1, time.time_ns()))
+        self.number = max(self.number + 1, time.time_ns())
+        self._changes[change.name] = replace(change, number=self.number)
 
     def since(self, number: int) -> list[Change]:
         """The changes after that of the number, the last one of each adapter, in their order."""
@@ -91,6 +89,7 @@ class Board:
             known = self._changes.get(change.name)
             if known is None or known.number < change.number:
                 self._changes[change.name] = change
+                self.number = max(self.number, change.number)
 
     def report(self, report: Report) -> int:
         """Hear how a replica fares; the number of the last change."""

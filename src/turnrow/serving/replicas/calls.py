@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from starlette.requests import Request
@@ -49,9 +50,12 @@ class Call:
             changes=changes,
         )
 
-    @property
+    @cached_property
     def model(self) -> str | None:
-        """What a generation asks for as ``model``; None if this is no such request, or none that can be read."""
+        """What a generation asks for as ``model``; None if this is no such request, or none that can be read.
+
+        The body is read for it once: what was found goes along to the other process.
+        """
         if self.method != "POST" or not self.path.startswith(("/v1/completions", "/v1/chat/")):
             return None
         try:
