@@ -92,15 +92,20 @@ def _weighted(call: Call, attribute: str, weights: Tensor, shape: torch.Size) ->
         return (weights @ gradient).view(shape), size
     g = call.g[:, 0] * weights[:, None, None]  # (B, T, out)
     if attribute == "bias":
-        return g.sum((0, 1)), float(g.norm(dim=-1).sum())
+        return g.sum((0, 1)), float(_lengths(g).sum())
     if kind == "embedding":
         ids = call.x.flatten()
         g = without_padding(call, g.unsqueeze(1)).squeeze(1).flatten(0, 1)
-        return torch.zeros(shape, dtype=g.dtype, device=g.device).index_add_(0, ids, g), float(g.norm(dim=-1).sum())
+        return torch.zeros(shape, dtype=g.dtype, device=g.device).index_add_(0, ids, g), float(_lengths(g).sum())
     x = call.x
     product = torch.einsum("bto,bti->oi", g, x)
-    size = float((g.norm(dim=-1) * x.norm(dim=-1)).sum())
+    size = float((_lengths(g) * _lengths(x)).sum())
     return (product.t() if isinstance(call.module, Conv1D) else product), size
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    """Of vectors along the last dimension; `norm` is many times slower on a CPU."""
+    return vectors.square().sum(-1).sqrt()
 
 
 def without_padding(call: Call, g: Tensor) -> Tensor:
