@@ -52,7 +52,7 @@ def test_the_algorithm_of_lm_kernel_ft_gives_the_same_blocks(
 
 
 def both(seconds: float) -> dict[str, float]:
-    return {"wall": 3 * seconds, "processor": seconds}
+    return {"wall": seconds, "processor": 2 * seconds}
 
 
 def result(ours: float, off: float) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def result(ours: float, off: float) -> dict[str, Any]:
             "kernels": ["full", "rows r=1"],
         },
         "figures": {
-            "all_seconds": both(ours), "all_peak_bytes": 2**30, "single_seconds": {"full": both(8.0), "rows r=1": both(4.0)},
+            "all_seconds": {"wall": ours, "processor": ours}, "all_peak_bytes": 2**30, "single_seconds": {"full": both(8.0), "rows r=1": both(4.0)},
             "jacobian_seconds": {"1": both(40.0), "8": both(20.0)}, "jacobian_relative_difference": 2e-6,
             "lm_kernel_ft": [run, {**run, "inner_batch": 8, "extrapolated_seconds": both(300.0)}],
         },
@@ -74,15 +74,15 @@ def result(ours: float, off: float) -> dict[str, Any]:
 
 def test_the_table_says_what_was_reached() -> None:
     shown = markdown(result(10.0, 1e-6))
-    assert "| 2 kernels in one pass | 30.0 | 10.0 | 1.00 GiB |" in shown
-    assert "at batch 1: 60.0 times faster; at least 50: reached" in shown
-    assert "best batch sizes: 30 times faster" in shown
-    assert "one jacobian at a time: 5.0 times faster; at least 3: reached" in shown
+    assert "| 2 kernels in one pass | 10.0 | 10.0 | 1.00 GiB |" in shown
+    assert "at batch 1: 60.0 times faster (120.0 by the processor's seconds); at least 50: reached" in shown
+    assert "best batch sizes: 30.0 times faster" in shown
+    assert "one jacobian at a time: 5.0 times faster (5.0 by the processor's seconds); at least 3: reached" in shown
     assert "multiplied in groups: 2.5 times faster" in shown
     assert "largest relative difference 2.0e-06; at most 1e-4: reached" in shown
 
 
 def test_a_goal_that_is_missed_is_said() -> None:
     shown = markdown(result(20.0, 1e-3))
-    assert "at batch 1: 30.0 times faster; at least 50: MISSED" in shown
+    assert "at batch 1: 30.0 times faster (60.0 by the processor's seconds); at least 50: MISSED" in shown
     assert "largest relative difference 1.0e-03; at most 1e-4: MISSED" in shown
