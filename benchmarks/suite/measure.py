@@ -20,7 +20,7 @@ from benchmarks.suite.search import best_rate, next_rates
 from benchmarks.suite.store import Store
 from benchmarks.suite.suite import Cell
 
-__all__ = ["data_of", "measure", "score"]
+__all__ = ["data_of", "measure"]
 
 _KEPT = (
     "main_metric", "greater_is_better", "trainable_parameters", "total_parameters", "steps", "seconds_per_step",
@@ -65,23 +65,15 @@ def data_of(folder: Path, task: str, rows: int | None) -> Iterator[dict[str, str
         yield splits | {"train": str(train)}
 
 
-def score(run: dict[str, Any], split: str) -> float:
-    """The main metric of a run, negative where less is better; minus infinity of one that failed."""
-    if "failed" in run:
-        return float("-inf")
-    value = float(run[split][run["main_metric"]])
-    return value if run["greater_is_better"] else -value
-
-
 def _search(store: Store, data: dict[str, str], kept: Path) -> float:
-    cell, tried = store.cell, dict[float, float]()
+    cell, tried = store.cell, dict[float, dict[str, Any]]()
     while wanted := next_rates(tried, cell.rates):
         for rate in wanted:
             run = store.find(rate, cell.seeds[0])
             if run is None:
                 run = _run(cell, data, rate, cell.seeds[0], kept / f"{rate:g}")
                 store.add(run)
-            tried[rate] = score(run, "validation")
+            tried[rate] = run
             for folder in kept.iterdir():  # only the best so far may be asked for again
                 if folder.name != f"{best_rate(tried):g}":
                     shutil.rmtree(folder)

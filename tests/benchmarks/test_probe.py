@@ -59,7 +59,9 @@ def test_methods_with_every_seed_and_a_known_kernel_are_compared(tmp_path: Path)
         cell = next(suite.cells(("sst2",), None, (name,)))
         for seed in cell.seeds[: 2 if name == "LoRA r=8" else 3]:
             run = {"learning_rate": 1e-3, "seed": seed, "main_metric": "accuracy", "greater_is_better": True}
-            Store(cell, tmp_path).add({**run, "trainable_parameters": 1, "test": {"accuracy": 0.8}})
+            Store(cell, tmp_path).add(
+                {**run, "trainable_parameters": 1, "validation": {"accuracy": 0.7}, "test": {"accuracy": 0.8}}
+            )
     assert [(name, scores) for name, _, scores in probe.measured("sst2", tmp_path)] == [
         ("rows r=1", (80.0, 80.0, 80.0))
     ]

@@ -36,6 +36,7 @@ class Trainings:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, validation: dict[float, float | None]) -> None:
         self.validation = validation
         self.greater_is_better = True
+        self.one_answer: set[float] = set()
         self.trained: list[tuple[float, int]] = []
         self.tested: list[tuple[float, int]] = []
         self.recipes: list[Any] = []
@@ -54,7 +55,10 @@ class Trainings:
         metrics = {
             "main_metric": "accuracy",
             "greater_is_better": self.greater_is_better,
-            "after": {"accuracy": self.validation[run[0]]},
+            "after": {
+                "accuracy": self.validation[run[0]],
+                "matthews_correlation": 0.0 if run[0] in self.one_answer else 0.5,
+            },
             "trainable_parameters": 10,
             "total_parameters": 100,
             "steps": 8,
@@ -123,6 +127,31 @@ def test_the_search_goes_on_while_the_best_is_at_the_edge(
     measure(store.cell, data, store)
     assert [rate for rate, seed in work.trained if seed == 0] == [1e-3, 3e-3, 1e-2, 3e-4, 1e-4]
     assert work.tested == [(3e-4, seed) for seed in (0, 1, 2)]
+
+
+def test_while_nothing_is_learnt_the_search_goes_both_ways(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(cell(rates=Rates((*RATES.grid, 3e-2), RATES.first)), tmp_path / "runs")
+    # The middle one happens to name the more frequent class: a best that is no reason to stop.
+    work = Trainings(monkeypatch, {1e-4: 0.7, 3e-4: 0.8, 1e-3: 0.49, 3e-3: 0.51, 1e-2: 0.49, 3e-2: 0.49})
+    work.one_answer = {1e-3, 3e-3, 1e-2, 3e-2}
+    measure(store.cell, data, store)
+    assert [rate for rate, seed in work.trained if seed == 0] == [1e-3, 3e-3, 1e-2, 3e-4, 3e-2, 1e-4]
+    assert work.tested == [(3e-4, seed) for seed in (0, 1, 2)]
+
+
+def test_a_search_that_goes_on_later_leaves_no_score_of_the_former_best(
+    data: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Trainings(monkeypatch, {1e-3: 0.7, 3e-3: 0.8, 1e-2: 0.6})
+    measure(store.cell, data, store)
+    best = store.find(3e-3, 0)
+    assert best is not None
+    store.add({**best, "learning_rate": 3e-4, "validation": {"accuracy": 0.9}, "test": {"accuracy": 0.4}})
+    found = summarize(store.cell, store.folder.parents[2])
+    assert found is not None
+    assert (found.learning_rate, found.scores) == (3e-4, (40.0,))
 
 
 def test_of_equal_learning_rates_the_lower_wins(data: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
