@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import probe
+from benchmarks import few_shot, probe
 from benchmarks.serving import table as serving
 from benchmarks.serving_load import report as serving_load
 
@@ -22,6 +22,7 @@ def _all_of(pattern, markdown):
 
 
 PAGES = {
+    "few-shot": ("kernels.md", few_shot.markdown),
     "probe": ("probe.md", probe.markdown),
     "serving": ("serving.md", lambda: _all_of("serving-*-cpu.json", serving.markdown)),
     "serving-load": ("serving.md", lambda: _all_of("serving-load.json", serving_load.markdown)),
