@@ -141,9 +141,9 @@ def markdown(folder: Path = FOLDER) -> str:
     for shots in sorted({shots for shots, _ in found}):
         runs = {task: found[shots, task] for task in TASKS if (shots, task) in found}
         draws = sorted({len(every) for every in runs.values()})
-        count = "–".join(map(str, dict.fromkeys((draws[0], draws[-1]))))
+        count = "–".join(map(str, dict.fromkeys((draws[0], draws[-1])))) + (" draws" if draws[-1] > 1 else " draw")
         parts.append(
-            f"Accuracy in percent, {shots} samples a class, mean ± standard deviation over {count} draws:\n\n{_scores(runs)}"
+            f"Accuracy in percent, {shots} samples a class, mean ± standard deviation over {count}:\n\n{_scores(runs)}"
         )
         parts.append(_published(published, f"rocoft-kernels-{shots}"))
         parts.append(

@@ -57,11 +57,11 @@ def data_of(folder: Path, task: str, rows: int | None) -> Iterator[dict[str, str
     if rows is None:
         yield splits
         return
-    lines = gzip.decompress(Path(splits["train"]).read_bytes()).splitlines(keepends=True)
+    lines = gzip.decompress(Path(splits["train"]).read_bytes()).splitlines()
     random.Random(0).shuffle(lines)
     with TemporaryDirectory() as scratch:
         train = Path(scratch) / "train.jsonl"
-        train.write_bytes(b"".join(lines[:rows]))
+        train.write_bytes(b"".join(line + b"\n" for line in lines[:rows]))
         yield splits | {"train": str(train)}
 
 

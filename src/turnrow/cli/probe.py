@@ -126,5 +126,6 @@ def _show(probe: Probe, console: Console) -> None:
             console.print(f"{one.title}: {one.note}")
     console.print(
         f"±: over the draws; p=1, p=2: distance to the kernel of full fine-tuning; step and memory: {probe.batch} rows of {probe.sequence} "
-        f"tokens on {probe.device}\nnothing was trained: a score is what kernel regression on so few rows reaches; differences within ± say nothing"
+        f"tokens on {probe.device}\nnothing was trained: a score is what kernel regression on so few rows reaches; differences within ± say nothing\n"
+        "of real fine-tunings the distance has said more than the score: leave out what is far, train two or three of the rest"
     )

@@ -209,6 +209,14 @@ def test_a_cell_all_of_whose_runs_fail_has_no_summary(
     assert summarize(store.cell, store.folder.parents[2]) is None
 
 
+def test_a_last_row_without_a_line_end_is_a_row_of_its_own(data: Path) -> None:
+    path = data / "sst2" / "train.jsonl.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).rstrip()))
+    with data_of(data, "sst2", 30) as files:
+        rows = [json.loads(line)["row"] for line in Path(files["train"]).read_text().splitlines()]
+    assert sorted(rows) == list(range(30))
+
+
 def test_training_rows_are_the_same_for_every_run(data: Path) -> None:
     drawn = []
     for _ in range(2):
