@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from turnrow.adapters.writing import new_folder, replace_text
+from turnrow.adapters.writing import new_folder
 from turnrow.errors import UserError
 
 
@@ -54,16 +54,7 @@ def test_permissions_are_those_of_ordinary_files(tmp_path):
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "file").touch()
     with new_folder(tmp_path / "out") as folder:
-        replace_text(folder / "file", "x")
+        (folder / "file").touch()
     for name in (".", "file"):
         modes = [stat.S_IMODE((tmp_path / parent / name).stat().st_mode) for parent in ("plain", "out")]
         assert modes[0] == modes[1]
-
-
-def test_text_is_replaced_and_the_old_one_kept_on_failure(tmp_path):
-    replace_text(tmp_path / "f", "old")
-    replace_text(tmp_path / "f", "new")
-    with pytest.raises(UnicodeEncodeError, match="surrogates"):
-        replace_text(tmp_path / "f", "\ud800")
-    assert (tmp_path / "f").read_text() == "new"
-    assert os.listdir(tmp_path) == ["f"]

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from turnrow.errors import UserError
-from turnrow.training.folder import RunFolder, new_folder, write_json, write_lines, write_text
+from turnrow.training.folder import RunFolder, new_folder
 
 from .conftest import MakeRecipe
 
@@ -87,21 +86,6 @@ def test_leftovers_of_a_killed_process_are_removed(folder: RunFolder, make_recip
     (folder.root / ".metrics.json.xyz").touch()
     folder.open(make_recipe())
     assert [path.name for path in folder.root.iterdir()] == ["recipe.yaml"]
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_text(path, "old")
-    with pytest.raises(TypeError, match="must be str"):
-        write_lines(path, ["new", 1])  # type: ignore[list-item]
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_json_keeps_letters_readable(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"name": "Grüße", "value": 0.1})
-    assert "Grüße" in (tmp_path / "a.json").read_text(encoding="utf-8")
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"name": "Grüße", "value": 0.1}
 
 
 def test_a_folder_takes_the_place_of_the_old_one_as_a_whole(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ from turnrow.adapters.folder import (
     split_by_module,
 )
 from turnrow.adapters.quantization import describe_quantization
-from turnrow.adapters.writing import replace_text
 from turnrow.errors import AdapterError, UserError
+from turnrow.files import write_text
 
 __all__ = [
     "FORMAT_VERSION",
@@ -120,7 +120,7 @@ def store_manifest(
         text = json.dumps(manifest, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"the provenance {sorted(provenance)} cannot be written as JSON: {error}") from error
-    replace_text(folder / MANIFEST_NAME, text + "\n")
+    write_text(folder / MANIFEST_NAME, text + "\n")
     return folder / MANIFEST_NAME
 
 

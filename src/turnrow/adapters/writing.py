@@ -1,4 +1,4 @@
-"""Nothing is half-written: a file or a folder appears under its name only when it is complete."""
+"""Nothing is half-written: a folder appears under its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -10,21 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from turnrow.errors import UserError
+from turnrow.files import give_default_mode
 
-__all__ = ["check_new_folder", "copy_beside", "new_folder", "replace_text"]
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write `text` to `path` (UTF-8) through a temporary file beside it, so that a reader sees the old or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        _default_mode(temporary, 0o666)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+__all__ = ["check_new_folder", "copy_beside", "new_folder"]
 
 
 def check_new_folder(out: str | os.PathLike[str]) -> Path:
@@ -57,7 +45,7 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         yield temporary
-        _default_mode(temporary, 0o777)
+        give_default_mode(temporary, 0o777)
         if out.exists():
             out.rmdir()  # empty, as checked above; replacing an empty folder is not portable
         os.replace(temporary, out)
@@ -73,10 +61,3 @@ def copy_beside(source: Path, folder: Path, *, but: tuple[str, ...], names: froz
         wanted = wanted and entry.name not in names
         if wanted and not (folder / entry.name).exists():
             shutil.copyfile(entry, folder / entry.name)
-
-
-def _default_mode(path: str | os.PathLike[str], mode: int) -> None:
-    # tempfile makes private files (0600, 0700); a finished one gets what open() and mkdir() would have given it
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, mode & ~umask)

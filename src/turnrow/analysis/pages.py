@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from turnrow.analysis.writing import replace_bytes
+from turnrow.files import write_bytes
 
 __all__ = ["write_page"]
 
@@ -34,4 +34,4 @@ def write_page(
     )
     inside = {name: base64.b64encode(picture).decode("ascii") for name, picture in pictures.items()}
     text = environment.get_template(template).render(pictures=inside, **values)
-    replace_bytes(Path(path), text.encode("utf-8"))
+    write_bytes(Path(path), text.encode("utf-8"))

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from turnrow.analysis.writing import replace_bytes
 from turnrow.errors import UserError, near_matches
+from turnrow.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,5 +62,5 @@ def finished(figure: Figure, path: Destination, kind: str | None) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=chosen)
     if target is not None:
-        replace_bytes(target, buffer.getvalue())
+        write_bytes(target, buffer.getvalue())
     return buffer.getvalue()

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the metrics as JSON, in full precision."""
     from pathlib import Path
 
-    from turnrow.training.folder import write_json
+    from turnrow.files import write_json
 
     metrics = _on_rows(args) if args.harness is None else _by_harness(args)
     print(json.dumps(metrics, indent=2))

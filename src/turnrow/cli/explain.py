@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         write_report(args.html, found, subtitle=found.facts["adapter"])
         print(f"wrote {args.html}")
     if args.json is not None:
-        from turnrow.training.folder import write_text
+        from turnrow.files import write_text
 
         write_text(Path(args.json), json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n")
         print(f"wrote {args.json}")

@@ -15,11 +15,12 @@ from transformers import TrainingArguments
 
 from turnrow import RocoftConfig, select
 from turnrow.errors import UserError
+from turnrow.files import write_text
 from turnrow.selection import Selection, needs_data
 from turnrow.tasks import Task, make_task
 from turnrow.training.base import input_limit, load_base
 from turnrow.training.batches import collated, model_columns
-from turnrow.training.folder import RunFolder, write_text
+from turnrow.training.folder import RunFolder
 from turnrow.training.methods import apply_method
 from turnrow.training.quiet import without_dataset_bars
 from turnrow.training.recipe import Recipe

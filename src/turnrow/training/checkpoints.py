@@ -18,7 +18,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from turnrow.errors import UserError
-from turnrow.training.folder import write_json
+from turnrow.files import write_json
 from turnrow.training.processes import wait_for_all
 
 __all__ = ["SealAndRotate", "check_processes", "discard_incomplete", "is_complete", "last_complete", "seal"]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from turnrow.files import write_bytes
 
 __all__ = ["draw_curve"]
 
@@ -49,10 +49,7 @@ def draw_curve(path: Path, history: Sequence[Mapping[str, Any]], metrics: Mappin
 
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    with NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
-        temporary.write(buffer.getvalue())
-    os.chmod(temporary.name, 0o644)
-    os.replace(temporary.name, path)
+    write_bytes(path, buffer.getvalue())
 
 
 def _line(axes: Axes, history: Sequence[Mapping[str, Any]], key: str, label: str, color: str, marker: str = "") -> None:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile, mkdtemp
-from typing import TYPE_CHECKING, Any
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING
 
 from turnrow.errors import UserError
+from turnrow.files import give_default_mode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from turnrow.training.recipe import Recipe
 
-__all__ = ["RunFolder", "new_folder", "write_json", "write_lines", "write_text"]
+__all__ = ["RunFolder", "new_folder"]
 
 
 @dataclass(frozen=True)
@@ -153,32 +153,6 @@ class RunFolder:
             )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    write_lines(path, [text])
-
-
-def write_lines(path: Path, parts: list[str]) -> None:
-    """Like `write_text`, for text that comes in parts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
-        try:
-            temporary.writelines(parts)
-            temporary.flush()
-            os.fsync(temporary.fileno())
-        except BaseException:
-            os.unlink(temporary.name)
-            raise
-    # A temporary file is private to its owner; a result is as readable as any file the user makes.
-    os.chmod(temporary.name, 0o666 & ~_umask())
-    os.replace(temporary.name, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write one JSON value, indented, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path` that takes its place when the block ends without an exception."""
@@ -186,7 +160,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     temporary = Path(mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
+        give_default_mode(temporary, 0o777)
         if path.exists():
             # A folder cannot be replaced in one step; the old one goes only after the new one is complete.
             old = Path(mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
@@ -198,9 +172,3 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

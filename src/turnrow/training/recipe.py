@@ -184,7 +184,7 @@ class Recipe:
         """Return the recipe as YAML and, if `path` is given, write it there (atomically)."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
         if path is not None:
-            from turnrow.training.folder import write_text
+            from turnrow.files import write_text
 
             write_text(Path(path), text)
         return text

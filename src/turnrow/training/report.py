@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from turnrow.training.folder import write_text
+from turnrow.files import write_text
 from turnrow.training.recipe import Recipe
 from turnrow.training.sizes import readable_bytes
 

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from turnrow import __version__, count_parameters
 from turnrow.adapters import whole_state_dict
+from turnrow.files import write_json, write_lines
 from turnrow.pretrained import without_weight_bars
 from turnrow.selection import Selection
 from turnrow.tasks import Task, make_task
@@ -24,7 +25,7 @@ from turnrow.training.base import input_limit, load_base
 from turnrow.training.batches import model_columns
 from turnrow.training.calibration import calibrate
 from turnrow.training.checkpoints import SealAndRotate, check_processes, discard_incomplete, last_complete
-from turnrow.training.folder import RunFolder, write_json, write_lines
+from turnrow.training.folder import RunFolder
 from turnrow.training.interrupt import Interrupted, StopOnInterrupt
 from turnrow.training.measure import peak_memory, reset_peak_memory
 from turnrow.training.methods import apply_method

@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 
 from turnrow.adapters import load_adapter, write_manifest
 from turnrow.errors import UserError
+from turnrow.files import write_json, write_lines
 from turnrow.pretrained import without_load_report, without_weight_bars
 from turnrow.tasks import Task, plain_columns, read_table, task_from_dict
 from turnrow.training.base import load_base, load_tokenizer
-from turnrow.training.folder import new_folder, write_json, write_lines
+from turnrow.training.folder import new_folder
 from turnrow.training.loss import use_loss_of
 from turnrow.training.quiet import without_dataset_bars
 from turnrow.training.recipe import Recipe

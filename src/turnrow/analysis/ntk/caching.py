@@ -20,8 +20,8 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 
 from turnrow.analysis.ntk.factors import Batch, Outputs
-from turnrow.analysis.writing import replace_bytes
 from turnrow.errors import UserError
+from turnrow.files import write_bytes
 
 __all__ = ["FORMAT", "key_of", "read", "write"]
 
@@ -76,7 +76,7 @@ def write(folder: str | os.PathLike[str], key: str, arrays: Mapping[str, np.ndar
     """Write arrays under a key, making the folder."""
     path = _path(folder, key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_bytes(path, save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, metadata={"key": key}))
+    write_bytes(path, save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, metadata={"key": key}))
     return path
 
 

@@ -1,0 +1,55 @@
+"""Nothing is half-written: a file appears under its name only when it is complete and on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import mkstemp
+from typing import Any
+
+__all__ = ["give_default_mode", "write_bytes", "write_json", "write_lines", "write_text"]
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file through a temporary one beside it, so that a reader sees the old or the new one; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        give_default_mode(temporary, 0o666)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Like `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Like `write_text`, for lines that have their ends."""
+    write_text(path, "".join(lines))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON value, indented."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def give_default_mode(path: str | os.PathLike[str], mode: int) -> None:
+    """What `tempfile` makes is private to its owner; a finished file or folder is as readable as any that the user makes.
+
+    Args:
+        path: a file or folder.
+        mode: 0o666 of a file, 0o777 of a folder; less what the user's umask takes away.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, mode & ~umask)
