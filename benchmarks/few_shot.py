@@ -16,6 +16,7 @@ import json
 import random
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,7 +52,7 @@ _STEPS = 120
 def run(
     data: Path, task: str, shots: int, seed: int, *, model: str, rows: int, max_length: int, tune: bool = True
 ) -> dict[str, Any]:
-    """Score every kernel, and full fine-tuning if asked, on one draw."""
+    """Score every kernel, and full fine-tuning if asked and if there are rows to choose its learning rate by, on one draw."""
     with TemporaryDirectory() as scratch:
         test = Path(scratch) / "test.jsonl"
         splits = {name: str(data / task / f"{name}.jsonl.gz") for name in ("train", "validation", "test")}
@@ -94,11 +95,18 @@ def run(
                 "score": one.scores[0],
                 "distances": {p: values[0] for p, values in one.distances.items()},
             }
-        if tune:
+        if tune and _enough(splits["train"], 2 * shots):
             few = {"k": shots, "seed": seed, "validation": True}
             with_shots = {**fields, "data": {"train": splits["train"], "test": str(test), "few_shot": few}}
             result["full_fine_tuning"] = _tuned(with_shots, found.metric)
         return result
+
+
+def _enough(train: str, wanted: int) -> bool:
+    """Whether each class has so many different rows: of TREC's abbreviations there are too few for 64 to train on and 64 to choose by."""
+    different = {tuple(row.items()) for row in read_table(train, "train")}
+    counts = Counter(dict(row)["label"] for row in different)
+    return min(counts.values()) >= wanted
 
 
 def _tuned(fields: Mapping[str, Any], metric: str) -> dict[str, Any]:
