@@ -99,3 +99,11 @@ def test_tables_hold_means_and_spreads_over_the_draws(tmp_path: Path, capsys: py
     assert "| RoAd1 | 0.100 / 0.200 |" in shown
     assert "over 2 draws" in shown
     assert "published: Kowsher et al., RoCoFT, ACL 2025, table 4" in shown
+
+
+def test_rows_of_the_smallest_class_are_counted_once_each(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    rows = [*((f"good {number}", 1) for number in range(5)), *((f"bad {number % 3}", 0) for number in range(9))]
+    path.write_text("".join(json.dumps({"sentence": text, "label": label}) + "\n" for text, label in rows))
+    assert few_shot._enough(str(path), 3)
+    assert not few_shot._enough(str(path), 4)
