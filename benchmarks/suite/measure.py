@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks import environment
-from benchmarks.suite.search import best_rate, next_rates
+from benchmarks.suite.search import best_rate, has_learnt, next_rates, validation_score
 from benchmarks.suite.store import Store
 from benchmarks.suite.suite import Cell
 
@@ -66,14 +66,14 @@ def data_of(folder: Path, task: str, rows: int | None) -> Iterator[dict[str, str
 
 
 def _search(store: Store, data: dict[str, str], kept: Path) -> float:
-    cell, tried = store.cell, dict[float, dict[str, Any]]()
-    while wanted := next_rates(tried, cell.rates):
+    cell, tried, learnt = store.cell, dict[float, float](), dict[float, bool]()
+    while wanted := next_rates(tried, cell.rates, not tried or learnt[best_rate(tried)]):
         for rate in wanted:
             run = store.find(rate, cell.seeds[0])
             if run is None:
                 run = _run(cell, data, rate, cell.seeds[0], kept / f"{rate:g}")
                 store.add(run)
-            tried[rate] = run
+            tried[rate], learnt[rate] = validation_score(run), has_learnt(run)
             for folder in kept.iterdir():  # only the best so far may be asked for again
                 if folder.name != f"{best_rate(tried):g}":
                     shutil.rmtree(folder)

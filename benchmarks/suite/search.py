@@ -3,51 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.suite.suite import Rates
 
-__all__ = ["best_rate", "next_rates", "of_seed", "score"]
-
-Run = Mapping[str, Any]
-"""The file of a run, see `store`."""
+__all__ = ["best_rate", "has_learnt", "next_rates", "validation_score"]
 
 
-def next_rates(tried: Mapping[float, Run], rates: Rates) -> list[float]:
+def next_rates(tried: Mapping[float, float], rates: Rates, learnt: bool = True) -> list[float]:
     """The learning rates to try after those tried: the first ones, then beyond the best while it is the least or greatest.
 
-    While no run has learnt more than to give the same answer to every row, it is not known which way to go: both ways, to the ends of the grid.
-
     Args:
-        tried: runs by learning rate.
+        tried: scores by learning rate; more is better.
         rates: the grid.
+        learnt: whether the best of them has learnt anything. While none has, it is not known which way to go: both ways, to the ends of the grid.
     """
     if not tried:
         return list(rates.first)
-    best = best_rate(tried)
-    near = [rates.grid.index(rate) for rate in ([best] if _has_learnt(tried[best]) else tried)]
-    return [rate for rate in rates.grid[max(0, min(near) - 1) : max(near) + 2] if rate not in tried]
+    around = [rates.grid.index(rate) for rate in ([best_rate(tried)] if learnt else tried)]
+    return [rate for rate in rates.grid[max(0, min(around) - 1) : max(around) + 2] if rate not in tried]
 
 
-def best_rate(tried: Mapping[float, Run]) -> float:
-    """The learning rate of the highest score on the validation split; of equals the lower."""
-    return max(tried, key=lambda rate: (score(tried[rate], "validation"), -rate))
+def best_rate(tried: Mapping[float, float]) -> float:
+    """The learning rate of the highest score; of equals the lower."""
+    return max(tried, key=lambda rate: (tried[rate], -rate))
 
 
-def score(run: Run, split: str) -> float:
-    """The main metric of a run, negative where less is better; minus infinity where it failed or the metric is not a number."""
-    value = float("nan") if "failed" in run else float(run[split][run["main_metric"]])
+def validation_score(run: Mapping[str, Any]) -> float:
+    """The main metric of a run on the validation split, negative where less is better; minus infinity of one that failed or gave no number.
+
+    Args:
+        run: its file, see `store`.
+    """
+    value = float("nan") if "failed" in run else float(run["validation"][run["main_metric"]])
     if math.isnan(value):
         return float("-inf")
     return value if run["greater_is_better"] else -value
 
 
-def of_seed(runs: Iterable[Run], seed: int) -> dict[float, Run]:
-    """The runs of one seed by learning rate."""
-    return {run["learning_rate"]: run for run in runs if run["seed"] == seed}
-
-
-def _has_learnt(run: Run) -> bool:
-    """Matthews' correlation is exactly 0 where one class is predicted throughout; other tasks have no such answer."""
-    return score(run, "validation") > float("-inf") and run["validation"].get("matthews_correlation") != 0
+def has_learnt(run: Mapping[str, Any]) -> bool:
+    """Whether a run did not fail, and answers differently from row to row where that can be told: one class throughout has Matthews' correlation 0."""
+    return validation_score(run) > float("-inf") and run["validation"].get("matthews_correlation") != 0

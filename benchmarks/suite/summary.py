@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import plus_minus
-from benchmarks.suite.search import best_rate, of_seed
+from benchmarks.suite.search import best_rate, validation_score
 from benchmarks.suite.store import RUNS, Store
 from benchmarks.suite.suite import Cell, Suite
 
@@ -48,7 +48,7 @@ class Summary:
 def summarize(cell: Cell, root: Path = RUNS) -> Summary | None:
     """What is known of a cell so far, at the learning rate that is best by now; None while no run at it is evaluated on the test split."""
     every = Store(cell, root).runs()
-    searched = of_seed(every, cell.seeds[0])
+    searched = {run["learning_rate"]: validation_score(run) for run in every if run["seed"] == cell.seeds[0]}
     best = best_rate(searched) if searched else None
     # Runs at another rate were evaluated before the search went on.
     runs = sorted((run for run in every if run["learning_rate"] == best and "test" in run), key=lambda run: run["seed"])
