@@ -50,6 +50,25 @@ def test_a_task_reads_every_event_without_blocking_its_loop():
     assert beats > 3
 
 
+def test_a_loop_that_is_left_loses_no_event():
+    handle, _ = handle_of(2)
+    feed(handle)
+    assert next(iter(handle)).text == "a"
+    assert [event.text for event in handle] == ["x", "b"]
+
+
+def test_a_task_that_leaves_its_loop_loses_no_event():
+    async def read() -> list[str]:
+        handle, _ = handle_of(2)
+        feed(handle)
+        async for event in handle:
+            assert event.text == "a"
+            break
+        return [event.text async for event in handle]
+
+    assert asyncio.run(read()) == ["x", "b"]
+
+
 def test_answers_are_put_together_from_their_events():
     handle, _ = handle_of(2)
     handle.put(Event(0, "a", (1,), (TokenLogprob(1, -0.5),)))

@@ -31,7 +31,7 @@ class Handle:
 
     Events are read by one reader: ``for event in handle`` in a thread, ``async for event in handle`` in a task, or all at once by
     `result` and `result_async`. Iteration ends after the last answer's last event; a request that fails raises `RequestFailed` there.
-    A reader that does not come back should `cancel`.
+    A loop that is left may be taken up again, by another one or by `result`. A reader that does not come back should `cancel`.
     """
 
     def __init__(self, request_id: str, prompt_tokens: int, answers: int, cancel: Callable[[], None]) -> None:
@@ -65,10 +65,10 @@ class Handle:
         while True:
             with self._condition:
                 self._condition.wait_for(self._is_ready)
-                events = self._take()
-            if not events:
+                event = self._take()
+            if event is None:
                 return
-            yield from events
+            yield event
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Read events, waiting for them in this task."""
@@ -76,15 +76,15 @@ class Handle:
         while True:
             with self._condition:
                 ready = self._is_ready()
-                events = self._take() if ready else []
+                event = self._take() if ready else None
                 if not ready:
                     signal.clear()
                     self._waiting = asyncio.get_running_loop(), signal
-            if ready and not events:
-                return
-            for event in events:
+            if event is not None:
                 yield event
-            if not ready:
+            elif ready:
+                return
+            else:
                 await signal.wait()
 
     def result(self, timeout: float | None = None) -> list[Answer]:
@@ -136,13 +136,13 @@ class Handle:
     def _is_ready(self) -> bool:
         return bool(self._events) or self._error is not None or self._left == 0
 
-    def _take(self) -> list[Event]:
-        """All events that are there; none at the end."""
-        events = list(self._events)
-        self._events.clear()
-        if not events and self._error is not None:
+    def _take(self) -> Event | None:
+        """The next event, None at the end. One at a time: a reader may stop between any two, and go on later."""
+        if self._events:
+            return self._events.popleft()
+        if self._error is not None:
             raise self._error
-        return events
+        return None
 
     def _wake(self) -> None:
         self._condition.notify_all()
