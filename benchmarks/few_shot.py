@@ -16,7 +16,6 @@ import json
 import random
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +26,8 @@ import torch
 from benchmarks import environment
 from benchmarks.results import plus_minus, write
 from benchmarks.suite.published import published_tables, to_markdown
-from turnrow.tasks import FEW_SHOT_SEEDS, read_table
+from turnrow.errors import UserError
+from turnrow.tasks import FEW_SHOT_SEEDS, draw_few_shot, make_task, read_table
 from turnrow.training import Recipe, probe, train
 
 __all__ = ["METHODS", "TASKS", "main", "markdown", "run"]
@@ -95,18 +95,20 @@ def run(
                 "score": one.scores[0],
                 "distances": {p: values[0] for p, values in one.distances.items()},
             }
-        if tune and _enough(splits["train"], 2 * shots):
+        if tune and _enough(splits["train"], task, shots):
             few = {"k": shots, "seed": seed, "validation": True}
             with_shots = {**fields, "data": {"train": splits["train"], "test": str(test), "few_shot": few}}
             result["full_fine_tuning"] = _tuned(with_shots, found.metric)
         return result
 
 
-def _enough(train: str, wanted: int) -> bool:
-    """Whether each class has so many different rows: of TREC's abbreviations there are too few for 64 to train on and 64 to choose by."""
-    different = {tuple(row.items()) for row in read_table(train, "train")}
-    counts = Counter(dict(row)["label"] for row in different)
-    return min(counts.values()) >= wanted
+def _enough(train: str, task: str, shots: int) -> bool:
+    """Whether there are rows to train on and as many to choose a learning rate by: of TREC's abbreviations there are too few for 64."""
+    try:
+        draw_few_shot(read_table(train, "train"), make_task(task), shots, seed=0, validation=True)
+    except UserError:
+        return False
+    return True
 
 
 def _tuned(fields: Mapping[str, Any], metric: str) -> dict[str, Any]:

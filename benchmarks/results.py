@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from typing import Any
 
 from benchmarks import environment
 from benchmarks.shapes import Shape
+from turnrow.files import write_text
 
 __all__ = ["plus_minus", "provenance", "spread", "write"]
 
@@ -48,7 +48,4 @@ def plus_minus(values: Sequence[float]) -> str:
 
 def write(result: dict[str, Any], path: Path) -> None:
     """Write `result` as JSON; `path` is never seen half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".part")
-    draft.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(draft, path)
+    write_text(path, json.dumps(result, indent=1) + "\n")

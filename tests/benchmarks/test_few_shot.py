@@ -105,5 +105,5 @@ def test_rows_of_the_smallest_class_are_counted_once_each(tmp_path: Path) -> Non
     path = tmp_path / "train.jsonl"
     rows = [*((f"good {number}", 1) for number in range(5)), *((f"bad {number % 3}", 0) for number in range(9))]
     path.write_text("".join(json.dumps({"sentence": text, "label": label}) + "\n" for text, label in rows))
-    assert few_shot._enough(str(path), 3)
-    assert not few_shot._enough(str(path), 4)
+    assert few_shot._enough(str(path), "sst2", 1)
+    assert not few_shot._enough(str(path), "sst2", 2)

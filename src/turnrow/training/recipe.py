@@ -24,6 +24,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from turnrow.errors import UserError
+from turnrow.files import write_text
 from turnrow.tasks import CATALOG, make_task, split_files
 from turnrow.training.options import check_names, check_options
 from turnrow.training.yaml_values import YAML_MODE, load_yaml
@@ -184,8 +185,6 @@ class Recipe:
         """Return the recipe as YAML and, if `path` is given, write it there (atomically)."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
         if path is not None:
-            from turnrow.files import write_text
-
             write_text(Path(path), text)
         return text
 
