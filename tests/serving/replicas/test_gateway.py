@@ -222,6 +222,7 @@ def test_a_replica_whose_engine_broke_is_not_healthy(two: tuple[Gateway, Alterna
 
 START: Message = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
 PIECE: Message = {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True}
+PLAIN: Message = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]}
 LOST = ApiError(503, "lost", code="replica_lost")
 
 
@@ -265,6 +266,35 @@ def test_a_replica_lost_in_a_stream_is_told_by_its_last_event() -> None:
             answer = await through.post("/v1/completions", json=ASKED)
         first, last = answer.text.strip().split("\n\n")
         assert first == "data: {}"
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "replica_lost"
+
+    asyncio.run(look())
+
+
+@pytest.mark.parametrize("begun", [[], [PLAIN], [PLAIN, {**PIECE, "body": b"{"}]])
+@pytest.mark.parametrize("ends_with", ["an error", "nothing"])
+def test_a_replica_lost_within_an_answer_that_is_no_stream_is_told_by_the_status(
+    begun: list[Message], ends_with: str
+) -> None:
+    """Of answers that are ready in one pass of the model, one may have begun while the next one has not."""
+    gateway, _ = gateway_of(*begun, *([LOST] if ends_with == "an error" else []))
+
+    async def look() -> None:
+        async with client(gateway) as through:
+            for path in ("/v1/completions", "/v1/adapters"):
+                answer = await through.post(path, json=ASKED)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "replica_lost")
+
+    asyncio.run(look())
+
+
+def test_a_stream_that_ends_without_its_last_message_was_broken_off() -> None:
+    gateway, _ = gateway_of(START, PIECE)
+
+    async def look() -> None:
+        async with client(gateway) as through:
+            answer = await through.post("/v1/completions", json=ASKED)
+        last = answer.text.strip().split("\n\n")[-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "replica_lost"
 
     asyncio.run(look())

@@ -68,9 +68,9 @@ async def load(served: Process, requests: int, kill: psutil.Process | None = Non
                     async for chunk in stream:
                         text, reason = text + chunk.choices[0].text, chunk.choices[0].finish_reason
             except (APIStatusError, APIError) as error:
-                ended[str(error.code)] += 1
+                ended[error.code or repr(error)] += 1
             else:
-                ended[str(reason)] += 1
+                ended[reason or "broke off"] += 1
                 texts.add((model, text))
             if kill is not None and sum(ended.values()) == 20:
                 kill.kill()

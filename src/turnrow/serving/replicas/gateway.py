@@ -126,22 +126,31 @@ class Gateway:
         return JSONResponse(body, 200 if state == "running" else 503)
 
 
+async def _to_the_end(messages: AsyncGenerator[Message, None]) -> AsyncGenerator[Message, None]:
+    """The messages of an answer, which must not end before it does."""
+    ended = False
+    async for message in messages:
+        ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+        yield message
+    if not ended:
+        raise ApiError(
+            503,
+            "the replica that was answering broke off; another try may go to another one",
+            code="replica_lost",
+            headers={"Retry-After": "1"},
+        )
+
+
 async def _whole(messages: AsyncGenerator[Message, None]) -> tuple[Message, bytes]:
     """The start of an answer, and its body."""
-    start, body = None, b""
     async with contextlib.aclosing(messages):
-        async for message in messages:
-            if message["type"] == "http.response.start":
-                start = message
-            else:
-                body += message.get("body", b"")
-    if start is None:
-        raise ApiError(503, "no replica answered", code="replica_lost")
-    return start, body
+        start, *rest = [message async for message in _to_the_end(messages)]
+    return start, b"".join(message.get("body", b"") for message in rest)
 
 
 class _Relay(Response):
-    """Hands on an answer. The client's going ends the work; the replica's going ends the answer with an error.
+    """Hands on an answer: a stream as it comes, any other when it is whole. The client's going ends the work; the replica's going
+    ends the answer with an error.
 
     Args:
         messages: of a replica.
@@ -188,12 +197,21 @@ class _Relay(Response):
             self._work.cancel()
 
     async def _hand_on(self, send: Send) -> None:
-        async for message in self._messages:
-            if message["type"] == "http.response.start":
-                self._start = message
-                if message["status"] < 300:
-                    self.on_success()
-            await send(message)
+        async with contextlib.aclosing(_to_the_end(self._messages)) as messages:
+            start = await anext(messages)
+            if start["status"] < 300:
+                self.on_success()
+            if not _is_stream(start):
+                # once it has begun, the loss of its replica could be told only by breaking it off
+                rest = [message async for message in messages]
+                self._start = start
+                for message in (start, *rest):
+                    await send(message)
+                return
+            self._start = start
+            await send(start)
+            async for message in messages:
+                await send(message)
 
     async def _end(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         """Tell the client that there is no more, in a way for which it is not too late."""
@@ -202,7 +220,7 @@ class _Relay(Response):
         elif _is_stream(self._start):
             data = f"data: {json.dumps(error.body)}\n\n".encode()
             await send({"type": "http.response.body", "body": data, "more_body": False})
-        else:  # of a body that has begun only its breaking off can be told
+        else:  # between the two messages of an answer; only its breaking off can be told
             raise error
 
 
