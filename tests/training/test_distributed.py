@@ -138,7 +138,10 @@ def test_sigterm_on_torchrun_leaves_a_folder_that_goes_on(calm_recipe: MakeRecip
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": {"name": "rocoft", "mode": "column", "r": 3, "bias": "rocoft_only"}},
+        {
+            "method": {"name": "rocoft", "mode": "column", "r": 3, "bias": "rocoft_only"},
+            "learning_rate_factors": {"classifier": 0.5, "layer.0": 2},
+        },
         {"method": {"name": "road", "variant": "road_1", "group_size": 8}},
         {"method": {"name": "full"}, "training": {"learning_rate": 0.05}},
         {"training": {"gradient_accumulation_steps": 2}},
@@ -158,7 +161,10 @@ def test_a_sharded_run_equals_one_process_and_goes_on_after_ctrl_c(calm_recipe: 
     """FSDP2 through Trainer and accelerate, which has it for GPUs only: the worker lifts that."""
     # torch cannot load the state of a sharded optimizer that has none, as SGD; with so large an epsilon Adam is tame.
     adam = {"optim": "adamw_torch", "adam_epsilon": 1.0}
-    recipe, one = one_process(calm_recipe, tmp_path, method={"name": "rocoft", "r": 3}, training=adam)
+    factors = {"classifier": 0.5, "layer.0": 2}
+    recipe, one = one_process(
+        calm_recipe, tmp_path, method={"name": "rocoft", "r": 3}, training=adam, learning_rate_factors=factors
+    )
     config = '{"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}'
     fsdp = ("--training.fsdp=true", f"--training.fsdp_config={config}")
     code, _, err = on_two(recipe, tmp_path, *fsdp, worker=("fsdp", "SIGINT", "0", "5"))

@@ -100,6 +100,9 @@ class Recipe:
     """Where the train, validation and test rows are; by default on the hub, where the task is that of a known data set."""
     training: Section = field(default_factory=dict)
     """Arguments of ``transformers.TrainingArguments``, by their own names."""
+    learning_rate_factors: Section | None = None
+    """By how much ``training.learning_rate`` is multiplied for what is trained in some modules, ``{classifier: 0.1}``: parts of their names, or regular
+    expressions for them; where several match, all factors count."""
     calibration_samples: int = 256
     """How many training rows a selection by data (``method.selection``) looks at: the first in the order of training."""
     reselection: Section | None = None
@@ -135,6 +138,7 @@ class Recipe:
             "task": _task_options(self.task),
             "method": _method_options(self.method),
             "training": _training_options(self.training),
+            "learning_rate_factors": _rate_factors(self.learning_rate_factors),
             "device_map": deepcopy(self.device_map),
             "quantization": _quantization(self.quantization),
             "model_config": None if self.model_config is None else _section(self.model_config, "model_config"),
@@ -311,6 +315,12 @@ def _training_options(training: Any) -> dict[str, Any]:
         # What transformers wants is not what it declares; its own command line has the same trouble.
         options["fsdp"] = "true"
     return check_options(options, TrainingArguments, "training", reserved=_TOP_LEVEL)
+
+
+def _rate_factors(values: Any) -> dict[str, float] | None:
+    from turnrow.training.rate_factors import check_rate_factors
+
+    return None if values is None else check_rate_factors(values)
 
 
 def _quantization(value: Any) -> Any:

@@ -34,6 +34,7 @@ from turnrow.training.progress import ProgressBars
 from turnrow.training.quantization import quantization_package
 from turnrow.training.quiet import without_dataset_bars
 from turnrow.training.rank_allocation import rank_allocation
+from turnrow.training.rate_factors import check_rate_patterns
 from turnrow.training.recipe import Recipe
 from turnrow.training.reselection import Reselect, Reselection
 from turnrow.training.saved import SavedModel, prediction_rows, save_run, write_predictions
@@ -123,6 +124,7 @@ def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder,
             name: _Split(table, task.encode(table, base.tokenizer, limit, split=name)) for name, table in tables.items()
         }
     model = apply_method(base, recipe.method, task.peft_task_type)
+    check_rate_patterns(model, recipe.learning_rate_factors or {})
     # Anew when a run is resumed too: what its checkpoint holds then takes the place of the choice, which is the same.
     selection = calibrate(model, splits["train"].encoded, task, base.tokenizer, args, recipe.calibration_samples)
     current = SavedModel(model, base.tokenizer, task, limit, evaluation_arguments(args))
@@ -145,6 +147,7 @@ def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder,
             interrupt,
             *([bars] if shows else []),
         ],
+        rate_factors=recipe.learning_rate_factors,
     )
     reset_peak_memory(args.device)
     try:

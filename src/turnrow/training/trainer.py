@@ -22,6 +22,7 @@ from turnrow.training.finite import FiniteGuard, check_loss
 from turnrow.training.generation import generate_batch, texts
 from turnrow.training.measure import StepClock
 from turnrow.training.progress import ProgressBars
+from turnrow.training.rate_factors import scale_rates
 from turnrow.training.recipe import Recipe
 
 __all__ = ["EVALUATION_ARGUMENTS", "evaluation_arguments", "make_trainer", "predict_split", "training_arguments"]
@@ -50,13 +51,19 @@ class GuardedTrainer(Trainer):
             step, divided by the number of labels in all of them, if only the model's forward has a ``**kwargs`` to take
             that number, whether or not it reads it; and multiplies it by the number of processes.
         generation: how the model goes on with the rows that are evaluated; None: they are read at once.
+        rate_factors: multiples of the learning rate by module; see `scale_rates`.
     """
 
     def __init__(
-        self, *args: Any, mean_loss: bool = False, generation: Mapping[str, Any] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        mean_loss: bool = False,
+        generation: Mapping[str, Any] | None = None,
+        rate_factors: Mapping[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._generation = generation
+        self._generation, self._rate_factors = generation, rate_factors
         if mean_loss:
             self.model_accepts_loss_kwargs = False
         self._clock = StepClock()
@@ -64,6 +71,14 @@ class GuardedTrainer(Trainer):
         self.add_callback(FiniteGuard())
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in Trainer, with the learning rates of the modules."""
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if new and self._rate_factors:
+            scale_rates(optimizer, self.model if model is None else model, self._rate_factors)  # type: ignore[arg-type]
+        return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -111,6 +126,7 @@ def make_trainer(
     validation: Dataset | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     answers: str = "validation",
+    rate_factors: Mapping[str, float] | None = None,
 ) -> Trainer:
     """The Trainer for a task.
 
@@ -123,6 +139,7 @@ def make_trainer(
         validation: the encoded validation split.
         callbacks: beside our own.
         answers: the split that is evaluated, which says whether the model answers it.
+        rate_factors: the recipe's ``learning_rate_factors``.
     """
     generates = task.generates(answers)
 
@@ -144,6 +161,7 @@ def make_trainer(
         callbacks=list(callbacks),
         mean_loss=task.mean_loss,
         generation=task.generation_options() if generates else None,
+        rate_factors=rate_factors,
     )
 
 
