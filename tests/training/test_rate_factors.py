@@ -13,7 +13,7 @@ from torch import nn
 
 from turnrow.errors import UserError
 from turnrow.training import Recipe, train
-from turnrow.training.rate_factors import check_rate_factors, rate_factor, scale_rates
+from turnrow.training.rate_factors import rate_factor, scale_rates
 from turnrow.training.trainer import GuardedTrainer
 
 from .conftest import MakeRecipe
@@ -128,7 +128,7 @@ def test_a_pattern_that_reaches_nothing_is_refused_before_anything_is_written(ma
     recipe = make_recipe(learning_rate_factors={"clasifier": 0.1})
     with pytest.raises(
         UserError,
-        match="'clasifier' is in the name of nothing that is trained; did you mean 'classifier'.*have the parts base_model",
+        match="'clasifier' is in the name of nothing that is trained; the names have the parts base_model, .*; did you mean 'classifier'",
     ):
         train(recipe)
     assert not Path(recipe.output_dir).exists()
@@ -145,7 +145,8 @@ def test_a_pattern_that_reaches_nothing_is_refused_before_anything_is_written(ma
         ({"query": 0}, "learning_rate_factors.query is 0; expected a number above 0"),
         ({"query": -1}, "learning_rate_factors.query is -1; expected a number above 0"),
         ({"query": True}, "learning_rate_factors.query is True; expected a number above 0"),
-        ({"query": "2"}, "learning_rate_factors.query is '2'; expected a number above 0"),
+        ({"query": "two"}, "learning_rate_factors.query is 'two'; expected a number above 0"),
+        ({"query": None}, "learning_rate_factors.query is None; expected a number above 0"),
         ({"query": float("inf")}, "learning_rate_factors.query is inf; expected a number above 0"),
         ({"query": float("nan")}, "learning_rate_factors.query is nan; expected a number above 0"),
     ],
@@ -160,4 +161,5 @@ def test_factors_come_from_a_file_and_the_command_line(make_recipe: MakeRecipe, 
     assert Recipe.from_yaml(tmp_path / "recipe.yaml").learning_rate_factors == {"classifier": 0.1}
     words = ["--learning_rate_factors", "{query: 5e-1, 'layer.[01]': 2}"]
     assert Recipe.from_yaml(tmp_path / "recipe.yaml", words).learning_rate_factors == {"query": 0.5, "layer.[01]": 2.0}
-    assert check_rate_factors({"query": 2}) == {"query": 2.0}
+    words = ["--learning_rate_factors.query=5e-1"]
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml", words).learning_rate_factors == {"classifier": 0.1, "query": 0.5}

@@ -34,11 +34,7 @@ def check_rate_factors(values: Any) -> dict[str, float]:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"learning_rate_factors: {pattern!r} is no regular expression: {error}") from None
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
-            raise UserError(
-                f"learning_rate_factors.{pattern} is {factor!r}; expected a number above 0, by which training.learning_rate is multiplied"
-            )
-        checked[pattern] = float(factor)
+        checked[pattern] = _number(factor, f"learning_rate_factors.{pattern}")
     return checked
 
 
@@ -59,8 +55,8 @@ def check_rate_patterns(model: torch.nn.Module, factors: Mapping[str, float]) ->
         if not any(_is_in(pattern, name) for name in trained):
             parts = dict.fromkeys(part for name in trained for part in name.split(".") if not part.isdecimal())
             raise UserError(
-                f"learning_rate_factors: {pattern!r} is in the name of nothing that is trained{near_matches(pattern, parts)}; "
-                f"the names have the parts {', '.join(parts)}"
+                f"learning_rate_factors: {pattern!r} is in the name of nothing that is trained; the names have the parts "
+                f"{', '.join(parts)}{near_matches(pattern, parts)}"
             )
 
 
@@ -89,6 +85,19 @@ def scale_rates(optimizer: torch.optim.Optimizer, model: torch.nn.Module, factor
         for factor in sorted({of[p] for p in parameters} - {1.0}):
             scaled = {**group, "params": [p for p in parameters if of[p] == factor], "lr": group["lr"] * factor}
             optimizer.add_param_group(scaled)
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        # a text is what an override of the command line gives, and YAML 1.1 for 5e-1
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise UserError(
+            f"{where} is {value!r}; expected a number above 0, by which training.learning_rate is multiplied"
+        )
+    return number
 
 
 def _is_in(pattern: str, name: str) -> bool:
