@@ -15,6 +15,15 @@ def test_the_page_in_the_repository_is_the_one_that_the_runs_make() -> None:
     )
 
 
+def test_the_readme_shows_lines_of_the_page() -> None:
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("**What to train.**") : readme.index("**Two tasks in one model.**")]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(lines) > 3
+    page = results_page().splitlines()
+    assert [line for line in lines if line not in page] == []
+
+
 def test_every_picture_of_the_page_is_there() -> None:
     pictures = re.findall(r"\]\((figures/[^)]+)\)", results_page())
     assert pictures
