@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,11 @@ __all__ = ["write_page"]
 
 
 def write_page(
-    path: str | os.PathLike[str], template: str, values: Mapping[str, Any], pictures: Mapping[str, bytes]
+    path: str | os.PathLike[str],
+    template: str,
+    values: Mapping[str, Any],
+    pictures: Mapping[str, bytes],
+    filters: Mapping[str, Callable[[Any], str]] | None = None,
 ) -> None:
     """Fill a template and write the page, its pictures inside.
 
@@ -25,6 +29,7 @@ def write_page(
             ``"analysis/page.html.j2"``.
         values: `title` and whatever else the template shows; text is escaped.
         pictures: PNGs by the names that the template calls them.
+        filters: functions that the template writes values with, by name.
     """
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
@@ -32,6 +37,7 @@ def write_page(
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters |= filters or {}
     inside = {name: base64.b64encode(picture).decode("ascii") for name, picture in pictures.items()}
     text = environment.get_template(template).render(pictures=inside, **values)
     write_bytes(Path(path), text.encode("utf-8"))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
-from turnrow.files import write_text
+from turnrow.analysis.pages import write_page
 from turnrow.training.recipe import Recipe
 from turnrow.training.sizes import readable_bytes
 
@@ -31,23 +27,20 @@ def write_report(
         metrics: as in ``metrics.json``.
         rows: predictions on the test split, of which a few are shown.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"figure": _figure, "bytes": readable_bytes, "seconds": _seconds}
-    template = environment.from_string(files("turnrow.training").joinpath("report.html.j2").read_text(encoding="utf-8"))
     label = recipe.task.get("label")
-    text = template.render(
-        m=metrics,
-        recipe=recipe,
-        recipe_yaml=recipe.to_yaml(),
-        curve=base64.b64encode(curve.read_bytes()).decode("ascii"),
-        columns=list(rows[0]) if rows else [],
-        rows=_worth_showing(rows, label),
-        total=len(rows),
-        wrong=sum(_wrong(row, label) for row in rows) if label else None,
-        label=label,
-        is_wrong=lambda row: _wrong(row, label),
-    )
-    write_text(path, text)
+    values = {
+        "title": f"{metrics['method']} · {metrics['task']}",
+        "m": metrics,
+        "recipe": recipe,
+        "recipe_yaml": recipe.to_yaml(),
+        "columns": list(rows[0]) if rows else [],
+        "rows": _worth_showing(rows, label),
+        "total": len(rows),
+        "wrong": sum(_wrong(row, label) for row in rows) if label else None,
+        "is_wrong": lambda row: _wrong(row, label),
+    }
+    filters = {"figure": _figure, "bytes": readable_bytes, "seconds": _seconds}
+    write_page(path, "training/report.html.j2", values, {"curve": curve.read_bytes()}, filters)
 
 
 def _wrong(row: Mapping[str, Any], label: str | None) -> bool:
