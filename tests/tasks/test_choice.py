@@ -127,7 +127,18 @@ def test_only_offered_labels_are_choices(closing_tokenizer: PreTrainedTokenizerF
     assert [row["prediction"] for row in decoded] == ["answer2", "answer1", "answer1"]
     # e^-1 / (e^-1 + e^-2)
     assert decoded[0]["probability"] == pytest.approx(0.7310585786)
-    assert made.metrics(losses, np.zeros(8), encoded) == {"accuracy": pytest.approx(2 / 3)}
+    tokens = encoded["tokens"][0]  # of every choice
+    assert made.metrics(losses, np.zeros(8), encoded) == {
+        "accuracy": pytest.approx(2 / 3),
+        "loss": pytest.approx((1.0 + 3.0 + 0.7) / (3 * tokens)),
+    }
+
+
+def test_without_a_right_choice_there_is_no_loss(closing_tokenizer: PreTrainedTokenizerFast) -> None:
+    data = Dataset.from_dict({"instruction": ["answer1 or answer2?"], "answer": ["answer3"]})
+    made = task(scoring="likelihood", offered=True)
+    encoded = made.encode(data, closing_tokenizer, 200, split="test")
+    assert made.metrics(np.array([1.0, 2.0]), np.zeros(2), encoded) == {"accuracy": 0.0}
 
 
 def test_among_equals_the_first_label_wins(closing_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -166,6 +177,19 @@ def test_likelihoods_are_those_that_the_model_gives_one_by_one(closing_tokenizer
             start = len(row["input_ids"]) - row["tokens"]
             one = -sum(logs[place - 1, ids[0, place]] for place in range(start, ids.shape[1]))
             torch.testing.assert_close(loss, torch.as_tensor(one))
+
+
+def test_the_loss_is_the_one_that_training_lowers(closing_tokenizer: PreTrainedTokenizerFast) -> None:
+    made, model = task(scoring="likelihood"), _decoder()
+    rows = ROWS.select(range(2))  # whose output is what a choice says
+    kept, losses = {}, {}
+    for split in ("train", "test"):  # the rows that are learned; all choices of each
+        encoded = made.encode(rows, closing_tokenizer, 200, split=split)
+        batch = made.collator(closing_tokenizer)(list(encoded))
+        with torch.no_grad():
+            output = model(**batch)
+        kept[split], losses[split] = made.reduce_logits(output.logits, batch["labels"]).numpy(), output.loss.item()
+    assert made.metrics(kept["test"], np.zeros(6), encoded)["loss"] == pytest.approx(losses["train"], rel=1e-5)
 
 
 def test_an_encoder_decoder_weighs_choices_too(closing_tokenizer: PreTrainedTokenizerFast) -> None:

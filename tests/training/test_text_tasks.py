@@ -139,6 +139,9 @@ def test_a_selection_by_data_and_an_evaluation_in_between(base: Path) -> None:
         result = train(made, overwrite=True)
         history = [json.loads(line) for line in result.folder.history.read_text().splitlines()]
         assert sum(f"eval_{result.metrics['main_metric']}" in entry for entry in history) == 2
+        # Both splits hold the same rows: the curve's loss is that of the figures, and no mean over wrong choices.
+        losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        assert min(abs(loss - result.metrics["after"]["loss"]) for loss in losses) < 1e-5
         assert evaluate_adapter(result.adapter, str(base.parent / "test.jsonl"), quiet=True) == result.metrics["after"]
 
 

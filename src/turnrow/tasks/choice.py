@@ -134,7 +134,10 @@ class MultipleChoiceTask(GenerationTask):
         return answer_losses(logits, labels, self.architecture == "decoder")
 
     def metrics(self, predictions: np.ndarray, labels: np.ndarray, encoded: Dataset | None = None) -> dict[str, float]:
-        """Score texts of shape (rows,), or with likelihood -log p of shape (choices,)."""
+        """Score texts of shape (rows,), or with likelihood -log p of shape (choices,).
+
+        With likelihood `loss` is that of the right answers' tokens, which is what training lowers; wrong choices have no part in it.
+        """
         assert encoded is not None
         golds = list(encoded[self.gold])
         if self.scoring == "likelihood":  # a row for each choice, each with the gold of its example
@@ -146,8 +149,8 @@ class MultipleChoiceTask(GenerationTask):
         ]
         scores = {"accuracy": share(right)}
         if self.scoring == "generation":
-            scores["unparsable"] = share([label is None for label in chosen])
-        return scores
+            return scores | {"unparsable": share([label is None for label in chosen])}
+        return scores | self._loss_of_right(predictions, encoded)
 
     def decode(self, predictions: np.ndarray, encoded: Dataset | None = None) -> list[dict[str, Any]]:
         """Return per example its label (`prediction`).
@@ -230,6 +233,20 @@ class MultipleChoiceTask(GenerationTask):
         scores = np.full((examples.max() + 1, len(self._known())), -np.inf)
         scores[examples, choices] = -losses
         return scores
+
+    def _loss_of_right(self, predictions: np.ndarray, encoded: Dataset) -> dict[str, float]:
+        """`loss`, or nothing where no right answer was a choice."""
+        known = [label.casefold() for label in self._known()]
+        right = np.array(
+            [
+                known[choice] == _name(gold).casefold()
+                for choice, gold in zip(encoded["choice"], encoded[self.gold], strict=True)
+            ]
+        )
+        if not right.any():
+            return {}
+        losses, tokens = finite_losses(predictions, "choices"), np.asarray(encoded["tokens"])
+        return {"loss": float(losses[right].sum() / tokens[right].sum())}
 
     def _golds(self, data: Dataset, split: str) -> list[str]:
         values = value_column(data, self.gold, split)
