@@ -1,10 +1,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+from datasets import Dataset
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from turnrow.errors import UserError
 from turnrow.tasks import Task, make_task, read_table
@@ -68,3 +78,36 @@ def test_fields_of_the_config_can_be_changed_and_unknown_ones_are_refused(tiny_b
     assert {m.p for m in base.model.modules() if isinstance(m, torch.nn.Dropout)} == {0.5, 0.1}
     with pytest.raises(UserError, match="has no field 'hidden_dropout_probs'; did you mean 'hidden_dropout_prob'"):
         load_base(str(tiny_base), task, model_config={"hidden_dropout_probs": 0.5})
+
+
+@pytest.mark.parametrize("config", [BertConfig, RobertaConfig, LlamaConfig])
+def test_a_new_regression_head_starts_at_the_mean_of_the_labels(
+    config: type[Any], tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    base = AutoModel.from_config(config(vocab_size=len(tiny_tokenizer), **sizes))
+    if hasattr(base, "pooler"):
+        base.pooler = None  # is new, too, and no head
+    base.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    task = make_task("regression", text=["sentence"], label="stars")
+    task.fit(Dataset.from_dict({"sentence": ["a", "b"], "stars": [2.0, 4.0]}))
+    model = load_base(str(tmp_path), task).model
+    biases = {name: p for name, p in model.named_parameters() if name.endswith("bias") and p.shape == (1,)}
+    assert len(biases) == (0 if config is LlamaConfig else 1)
+    assert all(bias.item() == 3.0 for bias in biases.values())
+    others = [p for name, p in model.named_parameters() if name.endswith("bias") and name not in biases]
+    assert not any((bias == 3.0).any() for bias in others)
+
+
+def test_a_regression_head_that_was_trained_keeps_its_bias(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    trained = BertForSequenceClassification(BertConfig(vocab_size=len(tiny_tokenizer), num_labels=1, **sizes))
+    torch.nn.init.constant_(trained.classifier.bias, 7.0)
+    trained.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    task = make_task("regression", text=["sentence"], label="stars")
+    task.fit(Dataset.from_dict({"sentence": ["a", "b"], "stars": [2.0, 4.0]}))
+    assert load_base(str(tmp_path), task).model.classifier.bias.item() == 7.0

@@ -143,8 +143,8 @@ def test_the_best_checkpoint_is_what_is_saved(make_recipe: MakeRecipe) -> None:
 
 def test_regression_on_a_single_text(make_recipe: MakeRecipe) -> None:
     task = {"name": "regression", "text": "sentence", "label": "stars"}
-    training = {"num_train_epochs": 5, "learning_rate": 5e-2, "save_strategy": "no"}
-    recipe = make_recipe(task=task, training=training)
+    training = {"num_train_epochs": 15, "learning_rate": 1e-2, "save_strategy": "no"}
+    recipe = make_recipe(task=task, method={"name": "full"}, training=training)
     result = train(recipe)
     assert result.metrics["after"]["mse"] < result.metrics["before"]["mse"]
     assert evaluate_adapter(result.adapter, recipe.data.test, quiet=True) == result.metrics["after"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -32,10 +32,18 @@ class RegressionTask(SequenceTask):
     metric_names: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "mse")
     error_metrics: ClassVar[frozenset[str]] = frozenset({"mse"})
 
+    mean: float | None = field(default=None, init=False, repr=False, compare=False)
+    """Of the training labels; only a new head asks for it, so that it is not saved."""
+
+    @property
+    def start(self) -> float | None:
+        """The mean of the training labels. From 0, few steps at a small learning rate do not even get there, and bend all else to it."""
+        return self.mean
+
     def fit(self, train: Dataset) -> None:
-        """Check that the training split has a number for each row; there is nothing to learn."""
+        """Learn the mean of the training labels."""
         require_columns(train, self.columns(), "train")
-        self._encode_labels(train, "train")
+        self.mean = float(np.mean(self._encode_labels(train, "train")))
 
     def model_kwargs(self) -> dict[str, Any]:
         """Ask for a head of one output, trained by the squared error."""

@@ -112,6 +112,11 @@ class Task(ABC):
         """Whether something of the task is chosen on the validation split once training is done; see `settle`."""
         return False
 
+    @property
+    def start(self) -> float | None:
+        """What a new head is to answer before it has learned anything, where that is one number: see `RegressionTask`. Call `fit` first."""
+        return None
+
     @abstractmethod
     def columns(self) -> list[str]:
         """Return the columns that a labelled split must have."""

@@ -113,8 +113,17 @@ def load_base(
         model.config.pad_token_id = text.pad_token_id
     for module_name in heads:
         keep_float32(model.get_submodule(module_name))
+        if task.start is not None and module_name in new_modules:
+            _start_at(model.get_submodule(module_name), task.start)
     use_loss_of(task, model)
     return Base(model, tokenizer, new_modules)
+
+
+def _start_at(new: torch.nn.Module, value: float) -> None:
+    """Let a new head of one output answer about `value`. One without a bias stays as it is, and so does a new module that is no head."""
+    for layer in new.modules():
+        if isinstance(layer, torch.nn.Linear) and layer.out_features == 1 and layer.bias is not None:
+            torch.nn.init.constant_(layer.bias, value)
 
 
 def checked_config(name: str, location: str, changes: Mapping[str, Any]) -> dict[str, Any]:
