@@ -14,9 +14,9 @@ from torch import nn
 from turnrow.errors import UserError
 from turnrow.training import Recipe, train
 from turnrow.training.rate_factors import rate_factor, scale_rates
-from turnrow.training.trainer import GuardedTrainer
 
 from .conftest import MakeRecipe
+from .test_resume import CrashError, crash
 
 QUERY = "base_model.model.bert.encoder.layer.1.attention.self.query.rocoft_row.default"
 HEAD = "base_model.model.classifier.modules_to_save.default.weight"
@@ -98,24 +98,14 @@ def test_the_logged_rate_is_that_of_the_recipe(make_recipe: MakeRecipe) -> None:
 def test_resumed_it_ends_with_the_same_bytes(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    class CrashError(Exception):
-        pass
-
     changes: dict[str, Any] = {
         "training": {"save_steps": 3, "warmup_steps": 2, "eval_strategy": "no"},
         "learning_rate_factors": {"classifier": 0.1, "layer.0": 2},
         "reselection": {"every": 2, "strategy": "cycle"},
     }
     whole = train(make_recipe(**changes, output_dir=str(tmp_path / "whole")))
-    original = GuardedTrainer.training_step
-
-    def crash(self: GuardedTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step + 1 == 6:
-            raise CrashError
-        return original(self, *args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(GuardedTrainer, "training_step", crash)
+        crash(patch, 6)
         with pytest.raises(CrashError):
             train(make_recipe(**changes))
     resumed = train(make_recipe(**changes), resume=True)

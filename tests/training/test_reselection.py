@@ -11,15 +11,11 @@ from safetensors.torch import load_file
 
 from turnrow.errors import UserError
 from turnrow.training import evaluate_adapter, train
-from turnrow.training.trainer import GuardedTrainer
 
 from .conftest import MakeRecipe
+from .test_resume import CrashError, crash
 
 TRAINING = {"save_steps": 3, "warmup_steps": 2, "eval_strategy": "no"}
-
-
-class CrashError(Exception):
-    pass
 
 
 @pytest.mark.parametrize("mode", ["row", "column"])
@@ -33,15 +29,8 @@ def test_resumed_across_a_choice_it_ends_with_the_same_bytes(
         "reselection": {"every": 2, "strategy": strategy, "samples": 6},
     }
     whole = train(make_recipe(**changes, output_dir=str(tmp_path / "whole")))
-    original = GuardedTrainer.training_step
-
-    def crash(self: GuardedTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step + 1 == 6:
-            raise CrashError
-        return original(self, *args, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(GuardedTrainer, "training_step", crash)
+        crash(patch, 6)
         with pytest.raises(CrashError):
             train(make_recipe(**changes))
     resumed = train(make_recipe(**changes), resume=True)
