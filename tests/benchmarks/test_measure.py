@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +88,29 @@ def test_peak_bytes_forget_what_was_freed() -> None:
 def test_peak_bytes_ignore_views_of_what_was_there() -> None:
     x = torch.ones(ROWS, WIDTH)
     assert peak_bytes(lambda: x.t()[1:].add_(1)) == 0
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* beta state")
+@pytest.mark.parametrize(
+    ("layout", "values", "indices"),
+    [
+        (torch.sparse_coo, 2, 2 * 2),
+        (torch.sparse_csr, 2, 5 + 2),
+        (torch.sparse_csc, 2, 5 + 2),
+        (torch.sparse_bsr, 4, 3 + 1),
+        (torch.sparse_bsc, 4, 3 + 1),
+    ],
+    ids=str,
+)
+def test_peak_bytes_count_the_values_and_indices_of_a_sparse_tensor(
+    layout: torch.layout, values: int, indices: int
+) -> None:
+    dense = torch.zeros(4, 4)
+    dense[0, 1] = dense[1, 0] = 1.0
+    sparse = dense.to_sparse(
+        layout=layout, blocksize=(2, 2) if layout in (torch.sparse_bsr, torch.sparse_bsc) else None
+    )
+    assert peak_bytes(sparse.clone) == 4 * values + 8 * indices
 
 
 def test_adamw_keeps_two_moments_and_a_step_count_per_parameter() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 __all__ = ["LiveBytes"]
+
+# A sparse tensor has no storage of its own, its indices and values have.
+_PARTS: dict[torch.layout, tuple[Callable[[Tensor], Tensor], ...]] = {
+    torch.sparse_coo: (Tensor._indices, Tensor._values),
+    torch.sparse_csr: (Tensor.crow_indices, Tensor.col_indices, Tensor.values),
+    torch.sparse_bsr: (Tensor.crow_indices, Tensor.col_indices, Tensor.values),
+    torch.sparse_csc: (Tensor.ccol_indices, Tensor.row_indices, Tensor.values),
+    torch.sparse_bsc: (Tensor.ccol_indices, Tensor.row_indices, Tensor.values),
+}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -36,11 +45,11 @@ class LiveBytes(TorchDispatchMode):
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if made:
             # By address of the storage's own record: that of the data is 0 for all tensors without values.
-            given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            given = {s._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) for s in _storages(t)}
             for tensor in made:
-                storage = tensor.untyped_storage()
-                if storage._cdata not in given:
-                    self._count(storage)
+                for storage in _storages(tensor):
+                    if storage._cdata not in given:
+                        self._count(storage)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -54,3 +63,8 @@ class LiveBytes(TorchDispatchMode):
 
     def _release(self, size: int) -> None:
         self.now -= size
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    parts = _PARTS.get(tensor.layout)
+    return [part(tensor).untyped_storage() for part in parts] if parts else [tensor.untyped_storage()]
