@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for each; default: %(default)s")
     parser.add_argument("--plots", type=Path, help="with show: draw a PNG a task into this folder")
     parser.add_argument("--device", default="cpu", help="with cost; default: %(default)s")
+    parser.add_argument("--dtype", default="float32", help="with cost: of the base's weights; default: %(default)s")
+    parser.add_argument("--batch", type=int, help="with cost: rows; default: the suite's")
+    parser.add_argument("--sequence", type=int, help="with cost: tokens a row; default: the suite's")
     parser.add_argument("--rounds", type=int, default=9, help="with cost: steps of each method; default: %(default)s")
     parser.add_argument("--html", type=Path, help="with report: also write one HTML page with the pictures inside")
     args = parser.parse_args(argv)
@@ -62,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cells = list(suite.cells(_tuple(args.tasks), _tuple(args.groups), _tuple(args.methods)))
         if args.action == "cost":
             torch.set_num_threads(args.threads)
-            print(measure_costs(suite, device=args.device, rounds=args.rounds))
+            shape = {"batch": args.batch, "sequence": args.sequence}
+            print(measure_costs(suite, device=args.device, dtype=args.dtype, rounds=args.rounds, **shape))
             return 0
         if args.action == "show":
             _show(suite, args.tasks, args.groups, args.plots)

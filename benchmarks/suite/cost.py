@@ -31,27 +31,35 @@ Cost = Mapping[str, Any]
 
 
 def measure_costs(
-    suite: Suite, *, device: str = "cpu", batch: int = 32, sequence: int = 32, rounds: int = 9, root: Path = COSTS
+    suite: Suite,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    batch: int | None = None,
+    sequence: int | None = None,
+    rounds: int = 9,
+    root: Path = COSTS,
 ) -> Path:
     """Time forward, backward and optimizer step of every method, and write ``results/costs/SUITE-DEVICE.json``.
 
     Args:
         suite: whose methods and base.
         device: where to.
+        dtype: of the base's weights.
         batch: rows; the default is what the suite trains with.
-        sequence: tokens a row, all of them real ones.
+        sequence: tokens a row, all of them real ones; the default is the suite's too.
         rounds: how often every method is timed, in an order shuffled for each round.
         root: the folder.
     """
     steps = dict[str, _Step]()
     titles = {}
+    batch, sequence = batch or suite.step[0], sequence or suite.step[1]
     for _, name, fields in suite.methods():
         cell = suite.cell(suite.tasks[0], fields)
         titles[cell.slug] = name
-        steps[cell.slug] = _Step(_build(cell.recipe), batch, sequence, device)
-    steps[_LIMIT] = _Step(
-        _build(suite.cell(suite.tasks[0], {"method": {"name": "full"}}).recipe), batch, sequence, device
-    )
+        steps[cell.slug] = _Step(_build(cell.recipe, dtype), batch, sequence, device)
+    whole = suite.cell(suite.tasks[0], {"method": {"name": "full"}})
+    steps[_LIMIT] = _Step(_build(whole.recipe, dtype), batch, sequence, device)
     steps[_LIMIT].freeze()
     for step in steps.values():
         step()
@@ -74,7 +82,13 @@ def measure_costs(
         "machine": environment.machine(device),
         "versions": environment.versions(),
         "commit": environment.commit(),
-        "settings": {"device": device, "batch": batch, "sequence": sequence, "rounds": rounds},
+        "settings": {
+            "device": device,
+            "dtype": dtype,
+            "batch": batch,
+            "sequence": sequence,
+            "rounds": rounds,
+        },
         "methods": found,
     }
     path = root / f"{suite.name}-{torch.device(device).type}.json"
@@ -120,7 +134,7 @@ class _Step:
         return loss.detach()
 
 
-def _build(recipe: Mapping[str, Any]) -> nn.Module:
+def _build(recipe: Mapping[str, Any], dtype: str) -> nn.Module:
     from datasets import Dataset
 
     from turnrow.selection import needs_data
@@ -135,5 +149,5 @@ def _build(recipe: Mapping[str, Any]) -> nn.Module:
     method = dict(recipe["method"])
     if needs_data(method.get("selection", "first")):
         del method["selection"]  # which rows they are costs nothing in a step
-    base = load_base(recipe["model"], task, quantization=recipe.get("quantization"))
+    base = load_base(recipe["model"], task, dtype=dtype, quantization=recipe.get("quantization"))
     return apply_method(base, check_method(method), task.peft_task_type)

@@ -18,7 +18,7 @@ __all__ = ["EXPERIMENTS", "Cell", "Rates", "Suite", "load_suite", "suite_names"]
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 _SUITE = ("title", "settings", "groups")
-_SETTINGS = ("recipe", "training_rows", "seeds", "learning_rates", "tasks")
+_SETTINGS = ("recipe", "training_rows", "seeds", "learning_rates", "step", "tasks")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ class Suite:
     groups: Mapping[str, Mapping[str, Mapping[str, Any]]]
     """By group, the methods by the name that tables give them."""
     _raw: Mapping[str, Any]
+
+    @property
+    def step(self) -> tuple[int, int]:
+        """Rows of the training step whose cost is measured, and tokens a row."""
+        return self._raw["step"]["batch"], self._raw["step"]["sequence"]
 
     def cell(self, task: str, method: Mapping[str, Any]) -> Cell:
         """The runs of a method, as `groups` has it, on a task."""
