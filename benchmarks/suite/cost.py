@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,26 @@ from benchmarks import environment, measure
 from benchmarks.results import spread, write
 from benchmarks.suite.suite import Suite
 
-__all__ = ["COSTS", "Cost", "measure_costs", "read_costs"]
+__all__ = ["COSTS", "Cost", "CostRun", "measure_costs", "read_costs"]
 
 COSTS = Path(__file__).parents[1] / "results" / "costs"
 _FORMAT = 1
 _LIMIT = "frozen"
 
 Cost = Mapping[str, Any]
-"""``seconds`` and ``ratio`` (spreads; the ratio is to the frozen model's forward and backward to the embeddings) and ``peak_bytes``."""
+"""``title``, ``seconds`` and ``ratio`` (spreads; the ratio is to the frozen model's forward and backward to the embeddings) and ``peak_bytes``."""
+
+
+@dataclass(frozen=True)
+class CostRun:
+    """What one run of `measure_costs` found."""
+
+    settings: Mapping[str, Any]
+    """``device``, ``dtype``, ``batch``, ``sequence`` and ``rounds``."""
+    machine: Mapping[str, Any]
+    """As in `environment.machine`."""
+    methods: Mapping[str, Cost]
+    """By slug of a method, and ``frozen``."""
 
 
 def measure_costs(
@@ -96,10 +109,13 @@ def measure_costs(
     return path
 
 
-def read_costs(suite: str, device: str = "cpu", root: Path = COSTS) -> dict[str, Cost]:
-    """By slug of a method, what was measured; empty where nothing was."""
+def read_costs(suite: str, device: str = "cpu", root: Path = COSTS) -> CostRun | None:
+    """What was measured of a suite's methods, if anything was."""
     path = root / f"{suite}-{device}.json"
-    return json.loads(path.read_text())["methods"] if path.exists() else {}
+    if not path.exists():
+        return None
+    written = json.loads(path.read_text(encoding="utf-8"))
+    return CostRun(*(written[name] for name in ("settings", "machine", "methods")))
 
 
 class _Step:

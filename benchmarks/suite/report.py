@@ -18,7 +18,7 @@ from benchmarks.suite.published import published_tables, to_markdown
 from benchmarks.suite.store import RUNS
 from benchmarks.suite.suite import Suite, load_suite, suite_names
 from benchmarks.suite.summary import Summary, failures, known_tasks, summarize
-from benchmarks.suite.tables import overview, task_tables
+from benchmarks.suite.tables import cost_table, overview, task_tables
 
 __all__ = ["DOCS", "results_page", "write_html", "write_results"]
 
@@ -48,8 +48,12 @@ def results_page(root: Path = RUNS, figures: str = "figures") -> str:
     parts.append("## What the papers print\n\nPublished figures, none of them measured here.")
     parts += [to_markdown(table) for table in published_tables().values()]
     parts.append(
-        "## Every task\n\nWhat a step costs was measured apart, all methods interleaved (`python -m benchmarks.suite cost SUITE`)."
+        "## What a step costs\n\nMeasured apart from the runs above, which shared their machine: `python -m benchmarks.suite cost SUITE`."
     )
+    for suite in _known_suites(root):
+        if table := cost_table(suite):
+            parts.append(f"**{suite.name}**\n\n{table}")
+    parts.append("## Every task")
     for suite in _known_suites(root):
         for task in known_tasks(suite, root):
             for group, table in task_tables(suite, task, root=root):

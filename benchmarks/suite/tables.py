@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.suite.cost import Cost, read_costs
+from benchmarks.suite.cost import COSTS, Cost, read_costs
 from benchmarks.suite.store import RUNS
 from benchmarks.suite.suite import Suite
 from benchmarks.suite.summary import Summary, known_tasks, summarize
 
-__all__ = ["overview", "task_tables"]
+__all__ = ["cost_table", "overview", "task_tables"]
 
 
 def overview(suite: Suite, root: Path = RUNS) -> str:
@@ -27,11 +27,35 @@ def overview(suite: Suite, root: Path = RUNS) -> str:
     return "\n".join(lines)
 
 
+def cost_table(suite: Suite, root: Path = COSTS) -> str:
+    """What a training step of each method was measured to cost, with the circumstances; empty where nothing was."""
+    measured = read_costs(suite.name, root=root)
+    if measured is None:
+        return ""
+    given, machine = measured.settings, measured.machine
+    where = machine.get("accelerator") or f"{machine['threads']} threads of {machine['processor']}"
+    lines = [
+        f"A step on {given['batch']} rows of {given['sequence']} tokens, {given['dtype']}, {where}; all methods in one run, interleaved, "
+        f"{given['rounds']} rounds, against a forward and a backward to the embeddings of the frozen model; weights not counted in the peak.",
+        "",
+        "| | step, × frozen | quartiles | step, ms | step, peak MiB |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for cost in sorted(measured.methods.values(), key=lambda cost: cost["ratio"]["median"]):
+        low, high = cost["ratio"]["quartiles"]
+        lines.append(
+            f"| {cost['title']} | {cost['ratio']['median']:.2f} | {low:.2f} to {high:.2f} "
+            f"| {cost['seconds']['median'] * 1e3:,.0f} | {cost['peak_bytes'] / 2**20:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def task_tables(
     suite: Suite, task: str, groups: Sequence[str] | None = None, root: Path = RUNS
 ) -> Iterator[tuple[str, str]]:
     """Yield (group, table) of one task: trained parameters, score, learning rate, and what a step was measured to cost."""
-    costs = read_costs(suite.name)
+    measured = read_costs(suite.name)
+    costs = measured.methods if measured else {}
     for group in groups or suite.groups:
         cells = {name: suite.cell(task, fields) for name, fields in suite.groups[group].items()}
         rows = [

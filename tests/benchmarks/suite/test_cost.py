@@ -10,6 +10,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from benchmarks.suite.cost import measure_costs, read_costs
 from benchmarks.suite.suite import Suite
+from benchmarks.suite.tables import cost_table
 
 METHODS = {
     "full": {"method": {"name": "full"}},
@@ -57,7 +58,9 @@ def test_every_method_is_measured_against_the_frozen_model(suite: Suite, tmp_pat
         "sequence": SEQUENCE,
         "rounds": 2,
     }
-    costs = read_costs("toy", root=tmp_path)
+    measured = read_costs("toy", root=tmp_path)
+    assert measured is not None
+    costs = measured.methods
     assert [cost["title"] for cost in costs.values()] == [*METHODS, "the limit: frozen model"]
     assert costs["frozen"]["ratio"]["median"] == 1.0
     assert all(cost["seconds"]["median"] > 0 for cost in costs.values())
@@ -65,6 +68,14 @@ def test_every_method_is_measured_against_the_frozen_model(suite: Suite, tmp_pat
     weights = sum(weight.nbytes for weight in BertModel(CONFIG).parameters())
     assert costs[slug["full"]]["peak_bytes"] > weights, "there is a gradient of every weight at the end"
     assert costs["frozen"]["peak_bytes"] < costs[slug["rows"]]["peak_bytes"] < costs[slug["full"]]["peak_bytes"]
+    table = cost_table(suite, tmp_path)
+    assert f"A step on {BATCH} rows of {SEQUENCE} tokens, float32" in table
+    assert table.count("\n| ") == 1 + len(METHODS) + 1
+    assert "| the limit: frozen model | 1.00 | 1.00 to 1.00 |" in table
+
+
+def test_what_was_not_measured_has_no_table(suite: Suite, tmp_path: Path) -> None:
+    assert cost_table(suite, tmp_path) == ""
 
 
 def test_the_shape_and_the_dtype_can_be_chosen(suite: Suite, tmp_path: Path) -> None:
