@@ -39,6 +39,7 @@ import torch
 from transformers import AutoModel, BertConfig, PretrainedConfig
 
 from benchmarks import environment
+from benchmarks.results import write
 from benchmarks.shapes import SHAPES, model_config
 
 __all__ = ["CASES", "Case", "main", "markdown"]
@@ -324,10 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "cases": {name: measure_case(name, CASES[name], arguments.methods) for name in arguments.cases},
     }
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        draft = arguments.output.with_suffix(".part")
-        draft.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(draft, arguments.output)
+        write(result, arguments.output)
     print(markdown(result))
     return 0
 

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files and folders appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from turnrow.files import write_bytes, write_json, write_lines, write_text
+from turnrow.files import whole_folder, write_bytes, write_json, write_lines, write_text
 
 
 def test_a_file_is_replaced(tmp_path: Path) -> None:
@@ -56,3 +56,23 @@ def test_json_keeps_letters_readable(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"name": "Grüße", "value": 0.1})
     assert "Grüße" in (tmp_path / "a.json").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"name": "Grüße", "value": 0.1}
+
+
+def test_a_folder_takes_the_place_of_the_old_one_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "adapter"
+    for name in ("first", "second"):
+        with whole_folder(path) as temporary:
+            (temporary / name).touch()
+    assert [entry.name for entry in path.iterdir()] == ["second"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "adapter"
+    with whole_folder(path) as temporary:
+        (temporary / "first").touch()
+    with pytest.raises(RuntimeError, match="half way"), whole_folder(path) as temporary:
+        (temporary / "second").touch()
+        raise RuntimeError("half way")
+    assert [entry.name for entry in path.iterdir()] == ["first"]
+    assert list(tmp_path.iterdir()) == [path]

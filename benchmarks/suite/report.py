@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from benchmarks.suite.store import RUNS
 from benchmarks.suite.suite import Suite, load_suite, suite_names
 from benchmarks.suite.summary import Summary, failures, known_tasks, summarize
 from benchmarks.suite.tables import cost_table, overview, task_tables
+from turnrow.files import write_text
 
 __all__ = ["DOCS", "results_page", "write_html", "write_results"]
 
@@ -67,9 +67,7 @@ def write_results(docs: Path = DOCS, root: Path = RUNS) -> Path:
         for task in known_tasks(suite, root):
             plot_task(suite, task, docs / "figures" / _picture(suite, task), root)
     target = docs / "results.md"
-    draft = target.with_suffix(".part")
-    draft.write_text(results_page(root), encoding="utf-8")
-    os.replace(draft, target)
+    write_text(target, results_page(root))
     return target
 
 
@@ -92,8 +90,7 @@ def write_html(target: Path, docs: Path = DOCS) -> None:
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>turnrow: results</title><style>{style}</style><body>{body}</body></html>\n"
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page, encoding="utf-8")
+    write_text(target, page)
 
 
 def _known_suites(root: Path) -> Iterator[Suite]:

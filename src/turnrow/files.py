@@ -1,19 +1,21 @@
-"""Nothing is half-written: a file appears under its name only when it is complete and on the disk."""
+"""Nothing is half-written: a file or folder appears under its name only when it is complete."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkstemp
+from tempfile import mkdtemp, mkstemp
 from typing import Any
 
-__all__ = ["give_default_mode", "write_bytes", "write_json", "write_lines", "write_text"]
+__all__ = ["whole_folder", "write_bytes", "write_json", "write_lines", "write_text"]
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file through a temporary one beside it, so that a reader sees the old or the new one; missing folders are made."""
+    """Write a file through a temporary one beside it, so that a reader sees the old or the new one, on the disk; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -21,7 +23,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        give_default_mode(temporary, 0o666)
+        _give_default_mode(temporary, 0o666)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -43,7 +45,28 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def give_default_mode(path: str | os.PathLike[str], mode: int) -> None:
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path` that takes its place when the block ends well, and goes away when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        _give_default_mode(temporary, 0o777)
+        if path.exists():
+            # A folder cannot be replaced in one step; the old one goes only after the new one is complete.
+            old = Path(mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+            os.replace(path, old / path.name)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _give_default_mode(path: str | os.PathLike[str], mode: int) -> None:
     """What `tempfile` makes is private to its owner; a finished file or folder is as readable as any that the user makes.
 
     Args:

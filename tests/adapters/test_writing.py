@@ -50,6 +50,13 @@ def test_file_in_the_way_is_refused(tmp_path):
         pass
 
 
+def test_the_current_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is the current folder"), new_folder("."):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
 def test_permissions_are_those_of_ordinary_files(tmp_path):
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "file").touch()

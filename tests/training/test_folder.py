@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from turnrow.errors import UserError
-from turnrow.training.folder import RunFolder, new_folder
+from turnrow.training.folder import RunFolder
 
 from .conftest import MakeRecipe
 
@@ -86,23 +86,3 @@ def test_leftovers_of_a_killed_process_are_removed(folder: RunFolder, make_recip
     (folder.root / ".metrics.json.xyz").touch()
     folder.open(make_recipe())
     assert [path.name for path in folder.root.iterdir()] == ["recipe.yaml"]
-
-
-def test_a_folder_takes_the_place_of_the_old_one_as_a_whole(tmp_path: Path) -> None:
-    path = tmp_path / "adapter"
-    for name in ("first", "second"):
-        with new_folder(path) as temporary:
-            (temporary / name).touch()
-    assert [entry.name for entry in path.iterdir()] == ["second"]
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "adapter"
-    with new_folder(path) as temporary:
-        (temporary / "first").touch()
-    with pytest.raises(RuntimeError, match="half way"), new_folder(path) as temporary:
-        (temporary / "second").touch()
-        raise RuntimeError("half way")
-    assert [entry.name for entry in path.iterdir()] == ["first"]
-    assert list(tmp_path.iterdir()) == [path]

@@ -1,16 +1,15 @@
-"""Nothing is half-written: a folder appears under its name only when it is complete."""
+"""The folder of an adapter or a merged model that is to be made: free, and there only when it is complete."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from turnrow.errors import UserError
-from turnrow.files import give_default_mode
+from turnrow.files import whole_folder
 
 __all__ = ["check_new_folder", "copy_beside", "new_folder"]
 
@@ -19,11 +18,13 @@ def check_new_folder(out: str | os.PathLike[str]) -> Path:
     """Return `out` as a path if it is free to be made: absent, or an empty folder.
 
     Raises:
-        UserError: it is a file or a folder that holds something.
+        UserError: it is a file, a folder that holds something, or the current one, which cannot be put in place anew.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give the name of a folder to make")
+    if out.is_dir() and out.samefile(os.curdir):
+        raise UserError(f"{out} is the current folder: give the name of a folder to make")
     if out.is_dir() and any(out.iterdir()):
         names = ", ".join(sorted(entry.name for entry in out.iterdir())[:3])
         raise UserError(f"the folder {out} is not empty (it holds {names}): give a new folder, or empty this one")
@@ -40,18 +41,8 @@ def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         UserError: `out` is a file or a folder that holds something.
     """
-    out = check_new_folder(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        yield temporary
-        give_default_mode(temporary, 0o777)
-        if out.exists():
-            out.rmdir()  # empty, as checked above; replacing an empty folder is not portable
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with whole_folder(check_new_folder(out)) as folder:
+        yield folder
 
 
 def copy_beside(source: Path, folder: Path, *, but: tuple[str, ...], names: frozenset[str] = frozenset()) -> None:

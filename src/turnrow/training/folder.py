@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 from turnrow.errors import UserError
-from turnrow.files import give_default_mode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from turnrow.training.recipe import Recipe
 
-__all__ = ["RunFolder", "new_folder"]
+__all__ = ["RunFolder"]
 
 
 @dataclass(frozen=True)
@@ -151,24 +145,3 @@ class RunFolder:
                 f"cannot resume {str(self.root)!r} with another recipe: {'; '.join(changed)}. A resumed run is the same "
                 "run; give the same recipe, or start anew with --overwrite or in another output_dir"
             )
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path` that takes its place when the block ends without an exception."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield temporary
-        give_default_mode(temporary, 0o777)
-        if path.exists():
-            # A folder cannot be replaced in one step; the old one goes only after the new one is complete.
-            old = Path(mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-            os.replace(path, old / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

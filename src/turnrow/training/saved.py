@@ -21,11 +21,10 @@ from transformers import PreTrainedModel
 
 from turnrow.adapters import load_adapter, write_manifest
 from turnrow.errors import UserError
-from turnrow.files import write_json, write_lines
+from turnrow.files import whole_folder, write_json, write_lines
 from turnrow.pretrained import without_load_report, without_weight_bars
 from turnrow.tasks import Task, plain_columns, read_table, task_from_dict
 from turnrow.training.base import load_base, load_tokenizer
-from turnrow.training.folder import new_folder
 from turnrow.training.loss import use_loss_of
 from turnrow.training.quiet import without_dataset_bars
 from turnrow.training.recipe import Recipe
@@ -86,7 +85,7 @@ def save_run(
         provenance: JSON values kept in the manifest.
         state: the weights, of a model that is sharded over several processes; see `turnrow.adapters.whole_state_dict`.
     """
-    with new_folder(path) as folder, without_weight_bars():
+    with whole_folder(path) as folder, without_weight_bars():
         trained.model.save_pretrained(str(folder), state_dict=state)
         # peft's model card is a form with empty fields.
         (folder / "README.md").unlink(missing_ok=True)
