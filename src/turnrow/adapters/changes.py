@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,19 @@ def model_changes(tuned: str | os.PathLike[str], base: str | os.PathLike[str]) -
     return ModelChanges(changes(), unmatched)
 
 
+@dataclass(frozen=True, eq=False)
+class _Adapted:
+    """What is known of one module that an adapter changes."""
+
+    adapter: AdapterFile
+    name: str
+    tensors: Mapping[str, Tensor]
+    """The adapter's own, by their names in its file; floating ones in float32."""
+    weight: Tensor | None
+    shape: tuple[int, ...] | None
+    bias: Tensor | None
+
+
 def _by_module(adapter: AdapterFile, base: nn.Module | None) -> Iterator[WeightChange]:
     named = {} if base is None else named_weights(base)
     read = {"ROCOFT": _of_rocoft, "ROAD": _of_road}.get(adapter.method, _of_lora)
@@ -188,86 +201,72 @@ def _by_module(adapter: AdapterFile, base: nn.Module | None) -> Iterator[WeightC
         shape = tuple(weight.shape) if weight is not None else shape
         wide = {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
         bias = getattr(named.get(module), "bias", None)
-        yield from read(adapter, module, wide, weight, shape, bias if isinstance(bias, Tensor) else None)
+        yield from read(_Adapted(adapter, module, wide, weight, shape, bias if isinstance(bias, Tensor) else None))
 
 
-def _of_rocoft(
-    adapter: AdapterFile,
-    module: str,
-    tensors: Mapping[str, Tensor],
-    weight: Tensor | None,
-    shape: tuple[int, ...] | None,
-    bias: Tensor | None,
-) -> Iterator[WeightChange]:
-    own = {key: tensor for key, tensor in tensors.items() if key != BIAS}
-    if module in adapter.fused_weights:
+def _of_rocoft(module: _Adapted) -> Iterator[WeightChange]:
+    own = {key: tensor for key, tensor in module.tensors.items() if key != BIAS}
+    if module.name in module.adapter.fused_weights:
         for expert in range(len(next(iter(own.values())))):
-            of_expert = {key: tensor[expert] for key, tensor in own.items()}
-            old = None if weight is None else weight[expert]
-            yield _rows_and_columns(adapter, f"{module}[{expert}]", of_expert, old, shape and shape[1:])
+            yield _rows_and_columns(
+                replace(
+                    module,
+                    name=f"{module.name}[{expert}]",
+                    tensors={key: tensor[expert] for key, tensor in own.items()},
+                    weight=None if module.weight is None else module.weight[expert],
+                    shape=module.shape and module.shape[1:],
+                )
+            )
     elif own:
-        yield _rows_and_columns(adapter, module, own, weight, shape)
-    if BIAS in tensors:
-        yield WeightChange(f"{module}.bias", tensors[BIAS], bias, tuple(tensors[BIAS].shape))
+        yield _rows_and_columns(module)
+    if BIAS in module.tensors:
+        values = module.tensors[BIAS]
+        yield WeightChange(f"{module.name}.bias", values, module.bias, tuple(values.shape))
 
 
-def _rows_and_columns(
-    adapter: AdapterFile,
-    name: str,
-    tensors: Mapping[str, Tensor],
-    weight: Tensor | None,
-    shape: tuple[int, ...] | None,
-) -> WeightChange:
+def _rows_and_columns(module: _Adapted) -> WeightChange:
+    tensors, shape = module.tensors, module.shape
     parts = {part: tensors[f"rocoft_{part}_index"].long() for part in _PARTS if f"rocoft_{part}" in tensors}
     if "entry" in parts:
         if shape is None:
             raise UserError(
-                f"{adapter.path} has no turnrow.json that says how large the weight of {name!r} is: name the base model (--base MODEL)"
+                f"{module.adapter.path} has no turnrow.json that says how large the weight of {module.name!r} is: name the base model "
+                "(--base MODEL)"
             )
-        return WeightChange(name, entries.dense(tensors["rocoft_entry"], parts["entry"], *shape), weight, shape, parts)
+        delta = entries.dense(tensors["rocoft_entry"], parts["entry"], *shape)
+        return WeightChange(module.name, delta, module.weight, shape, parts)
     # Where the size is not known, one that holds all indices gives the same numbers.
     size = shape or (
         len(tensors["rocoft_column"]) + len(parts.get("row", ())) if "column" in parts else int(parts["row"].max()) + 1,
         tensors["rocoft_row"].shape[1] if "row" in parts else int(parts["column"].max()) + 1,
     )
     a, b = low_rank_factors(tensors, rows, columns, *size)
-    return WeightChange(name, (b, a), weight, shape, parts)
+    return WeightChange(module.name, (b, a), module.weight, shape, parts)
 
 
 @torch.no_grad()
-def _of_road(
-    adapter: AdapterFile,
-    module: str,
-    tensors: Mapping[str, Tensor],
-    weight: Tensor | None,
-    shape: tuple[int, ...] | None,
-    bias: Tensor | None,
-) -> Iterator[WeightChange]:
-    config = adapter.config
-    blocks = pairs.coefficients(config["variant"], config["group_size"], tensors["road_theta"], tensors["road_alpha"])
+def _of_road(module: _Adapted) -> Iterator[WeightChange]:
+    config, weight, bias = module.adapter.config, module.weight, module.bias
+    blocks = pairs.coefficients(
+        config["variant"], config["group_size"], module.tensors["road_theta"], module.tensors["road_alpha"]
+    )
     delta = None if weight is None else pairs.rotate_rows(weight.float(), blocks) - weight.float()
-    yield WeightChange(module, delta, weight, shape, blocks=blocks)
+    yield WeightChange(module.name, delta, weight, module.shape, blocks=blocks)
     if bias is not None and is_plain(bias):
         old = bias.detach().float()
         turned = pairs.rotate_rows(old.unsqueeze(1), blocks).squeeze(1)
         if not torch.equal(turned, old):  # of a bias of zeros nothing is turned
-            yield WeightChange(f"{module}.bias", turned - old, old, tuple(old.shape))
+            yield WeightChange(f"{module.name}.bias", turned - old, old, tuple(old.shape))
 
 
-def _of_lora(
-    adapter: AdapterFile,
-    module: str,
-    tensors: Mapping[str, Tensor],
-    weight: Tensor | None,
-    shape: tuple[int, ...] | None,
-    bias: Tensor | None,
-) -> Iterator[WeightChange]:
-    a, b = tensors["lora_A.weight"], tensors["lora_B.weight"]
-    alphas = adapter.config.get("alpha_pattern") or {}
-    alpha = next((alphas[key] for key in alphas if re.fullmatch(rf"(.*\.)?{re.escape(key)}", module)), None)
-    alpha = adapter.config["lora_alpha"] if alpha is None else alpha
-    scaling = alpha / (math.sqrt(len(a)) if adapter.config.get("use_rslora") else len(a))
-    yield WeightChange(module, (b * scaling, a), weight, (len(b), a.shape[1]))
+def _of_lora(module: _Adapted) -> Iterator[WeightChange]:
+    config = module.adapter.config
+    a, b = module.tensors["lora_A.weight"], module.tensors["lora_B.weight"]
+    alphas = config.get("alpha_pattern") or {}
+    alpha = next((alphas[key] for key in alphas if re.fullmatch(rf"(.*\.)?{re.escape(key)}", module.name)), None)
+    alpha = config["lora_alpha"] if alpha is None else alpha
+    scaling = alpha / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
+    yield WeightChange(module.name, (b * scaling, a), module.weight, (len(b), a.shape[1]))
 
 
 def _is_plain_lora(adapter: AdapterFile) -> bool:
