@@ -32,7 +32,7 @@ _HEAD = """# Results
 What methods are worth on real data, made by `python -m benchmarks.suite report` from the files in `benchmarks/results/runs` and nothing else. Every method
 has the same search of its learning rate on the validation split; the test split is looked at once a seed. Mean ± standard deviation over three seeds, fewer in
 brackets; a cell without a figure has not been run. Accuracy in percent, Matthews' correlation times 100 for CoLA, Pearson's times 100 for STS-B; perplexity as it
-is. *Trained* counts the head too.
+is. *Trained* counts the head too, that of the first task with a figure.
 """
 
 
