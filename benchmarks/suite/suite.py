@@ -97,11 +97,13 @@ class Suite:
         """
         _check(tasks or (), self.tasks, f"suite {self.name!r} has no task")
         _check(groups or (), self.groups, f"suite {self.name!r} has no group")
-        known = {name: fields for _, name, fields in self.methods(groups)}
+        known = {name: fields for group in groups or self.groups for name, fields in self.groups[group].items()}
         _check(names or (), tuple(known), f"suite {self.name!r} has no method")
+        # The same method may stand in several groups, under several names.
+        wanted = {_slug(known[name]): known[name] for name in names or known}
         for task in tasks or self.tasks:
-            for name in names or known:
-                yield self.cell(task, known[name])
+            for fields in wanted.values():
+                yield self.cell(task, fields)
 
     def methods(self, groups: tuple[str, ...] | None = None) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
         """Every method once, by the first group and name that it has: (group, name, fields)."""
@@ -122,13 +124,14 @@ def load_suite(name: str) -> Suite:
     """Read ``benchmarks/experiments/NAME.yaml`` and the settings that it names.
 
     Raises:
-        UserError: there is no such suite, or its file lacks a field or has one too many.
+        UserError: there is no such suite, its file lacks a field or has one too many, or one name stands for two methods.
     """
     path = EXPERIMENTS / f"{name}.yaml"
     if not path.is_file():
         known = suite_names()
         raise UserError(f"there is no suite {name!r}; there are {', '.join(known)}{near_matches(name, known)}")
     raw = _read(path, _SUITE)
+    _check_names(raw["groups"], path)
     settings = _read(EXPERIMENTS / "settings" / f"{raw['settings']}.yaml", _SETTINGS)
     return Suite(name, raw["title"], tuple(settings["tasks"]), raw["groups"], {**settings, **raw})
 
@@ -144,6 +147,14 @@ def _read(path: Path, fields: tuple[str, ...]) -> dict[str, Any]:
     if missing := [field for field in fields if field not in raw]:
         raise UserError(f"{path.name} lacks {', '.join(missing)}")
     return raw
+
+
+def _check_names(groups: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    known: dict[str, Any] = {}
+    for group, methods in groups.items():
+        for name, fields in methods.items():
+            if known.setdefault(name, fields) != fields:
+                raise UserError(f"{path.name} has two methods of the name {name!r}, one of them in group {group!r}")
 
 
 def _check(given: Any, allowed: Any, what: str) -> None:

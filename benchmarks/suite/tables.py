@@ -44,10 +44,11 @@ def cost_table(suite: Suite, root: Path = COSTS) -> str:
         "| | step, × frozen | quartiles | step, ms | step, peak MiB |",
         "|---|--:|--:|--:|--:|",
     ]
-    for cost in sorted(measured.methods.values(), key=lambda cost: cost["ratio"]["median"]):
+    names = {suite.cell(suite.tasks[0], fields).slug: name for _, name, fields in suite.methods()}
+    for slug, cost in sorted(measured.methods.items(), key=lambda method: method[1]["ratio"]["median"]):
         low, high = cost["ratio"]["quartiles"]
         lines.append(
-            f"| {cost['title']} | {cost['ratio']['median']:.2f} | {low:.2f} to {high:.2f} "
+            f"| {names.get(slug, cost['title'])} | {cost['ratio']['median']:.2f} | {low:.2f} to {high:.2f} "
             f"| {cost['seconds']['median'] * 1e3:,.0f} | {cost['peak_bytes'] / 2**20:,.0f} |"
         )
     return "\n".join(lines)

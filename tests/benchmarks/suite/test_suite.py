@@ -48,6 +48,16 @@ def test_tasks_and_groups_can_be_chosen_and_unknown_ones_are_refused() -> None:
         load_suite("minilmm")
 
 
+def test_a_method_is_found_by_each_of_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = load_suite("ablations")
+    (cell,) = suite.cells(("sst2",), None, ("rows r=4, everywhere", "rows r=4, first"))
+    assert cell.slug == "row-rocoft-r-4"
+    monkeypatch.setattr(suite_module, "EXPERIMENTS", tmp_path)
+    (tmp_path / "toy.yaml").write_text("title: a\nsettings: b\ngroups: {one: {a: {x: 1}}, two: {a: {x: 2}}}\n")
+    with pytest.raises(UserError, match="toy.yaml has two methods of the name 'a', one of them in group 'two'"):
+        load_suite("toy")
+
+
 def test_a_file_with_a_wrong_field_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite_module, "EXPERIMENTS", tmp_path)
     (tmp_path / "toy.yaml").write_text("title: a\nsettings: b\ngroup: {}\n")
