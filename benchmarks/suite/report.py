@@ -127,13 +127,16 @@ def _claims(root: Path) -> str:
     def scores(suite: str, task: str, *methods: str) -> str:
         return ", ".join(score(suite, task, method) for method in methods)
 
+    def against(task: str, method: str, other: str) -> str:
+        return " against ".join(score("ablations", task, name) for name in (method, other))
+
     def trained(suite: str, task: str, method: str) -> str:
         summary = found(suite, task, method)
         return f"{summary.trained:,}" if summary else _UNKNOWN
 
     environment = Environment(undefined=StrictUndefined, autoescape=False)
     template = environment.from_string(_CLAIMS.read_text(encoding="utf-8"))
-    return template.render(score=score, scores=scores, trained=trained, ratio=_step_ratio)
+    return template.render(score=score, scores=scores, against=against, trained=trained, ratio=_step_ratio)
 
 
 def _step_ratio(method: str) -> str:
