@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Callable, Mapping
 
 from turnrow.errors import UserError, near_matches
+from turnrow.tasks.templates import greatest_fitting, shortened
 
 __all__ = ["Cloze"]
 
@@ -92,9 +93,7 @@ class Cloze:
             value = "" if name in (None, _MASK) else row[str(name)]
             if form:
                 value = _FORMS[form](value)
-            if longest is not None and len(value) > longest:
-                value = value[:longest].rstrip()
-            filled.append((literal, value))
+            filled.append((literal, shortened(value, longest)))
         before = "".join(literal + value for literal, value in filled[: self._gap]) + filled[self._gap][0]
         return before.rstrip(), "".join(literal + value for literal, value in filled[self._gap + 1 :])
 
@@ -111,10 +110,5 @@ class Cloze:
         whole = self.fill(row)
         if fits(*whole):
             return whole
-        shortest, too_long = 0, max(len(row[name]) for name in self.columns)
-        if not fits(*self.fill(row, shortest)):
-            return None
-        while too_long - shortest > 1:
-            middle = (shortest + too_long) // 2
-            shortest, too_long = (middle, too_long) if fits(*self.fill(row, middle)) else (shortest, middle)
-        return self.fill(row, shortest)
+        longest = greatest_fitting(max(len(row[name]) for name in self.columns), lambda n: fits(*self.fill(row, n)))
+        return None if longest is None else self.fill(row, longest)

@@ -42,7 +42,7 @@ class GenerationTask(Task):
 
     prompt: str | list[str]
     """The prompt, with columns in braces: ``"Summarize: {document}"``. Of several, a row takes the first all of whose columns it
-    has a text for. Where a prompt is too long, the longest text in it is cut, never the template."""
+    has a text for. Where a prompt is too long, the longest texts in it are cut, never the template."""
     target: str
     """What is learned as the answer, in the same form."""
     architecture: Literal["decoder", "encoder-decoder"] = "decoder"

@@ -100,7 +100,7 @@ class InstructionTask(GenerationTask):
     ) -> Dataset:
         """Encode what is asked and answered, or, of a split to be predicted, what is asked; see `Task.encode`.
 
-        Where there are more than `max_length` tokens, the longest text of a prompt is cut, and of a conversation the oldest
+        Where there are more than `max_length` tokens, the longest texts of a prompt are cut, and of a conversation the oldest
         exchanges are left out first. An answer is cut at its end only where it would leave what is asked less than half.
         """
         if self.messages is None:

@@ -63,16 +63,16 @@ class Prompter:
         return choose(self.prompts, row).fill(row)
 
     def prompt(self, row: Mapping[str, str], limit: int, place: str) -> list[int]:
-        """Return the tokens of a row's prompt, the longest of its texts cut so that they are at most `limit`.
+        """Return the tokens of a row's prompt, the longest of its texts cut to one length so that they are at most `limit`.
 
         Raises:
-            UserError: even without that text there are more.
+            UserError: even without any text there are more.
         """
         text = choose(self.prompts, row).fit(row, lambda filled: len(self._prompt_ids(filled)) <= limit)
         if text is None:
             raise UserError(
-                f"{place}: the prompt takes more than {limit} tokens even without its longest text; raise max_length, or "
-                "shorten the template"
+                f"{place}: the prompt takes more than {limit} tokens even without the texts of its columns; raise "
+                "max_length, or shorten the template"
             )
         return self._prompt_ids(text)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from turnrow.errors import UserError
 
-__all__ = ["Template", "choose", "longest_beginning", "parse_templates"]
+__all__ = ["Template", "choose", "greatest_fitting", "longest_beginning", "parse_templates", "shortened"]
 
 
 class Template:
@@ -35,41 +35,49 @@ class Template:
             raise UserError(f"option {option!r} reads no column: {text!r}; put the name of one in braces")
         self._pieces = [(literal, name) for literal, name, _, _ in pieces]
 
-    def fill(self, row: Mapping[str, str]) -> str:
-        """Put the row's values in place of the names."""
-        return "".join(literal + (row[name] if name is not None else "") for literal, name in self._pieces)
+    def fill(self, row: Mapping[str, str], longest: int | None = None) -> str:
+        """Put the row's values in place of the names, each cut to its first `longest` characters."""
+        return "".join(
+            literal + (shortened(row[name], longest) if name is not None else "") for literal, name in self._pieces
+        )
 
     def fit(self, row: Mapping[str, str], fits: Callable[[str], bool]) -> str | None:
-        """Fill, with the longest value cut at its end so far that the whole fits; what the template itself says stays.
+        """Fill, with the longest values cut at their ends to one length so that the whole fits; what the template itself says stays.
 
         Args:
             row: the values.
             fits: of a filled template.
 
         Returns:
-            The longest text that fits, or None if none does with that value cut away whole.
+            The longest such text that fits, or None if none does with all values cut away.
         """
         filled = self.fill(row)
         if fits(filled):
             return filled
-        longest = max(self.columns, key=lambda name: len(row[name]))
+        longest = greatest_fitting(max(len(row[name]) for name in self.columns), lambda n: fits(self.fill(row, n)))
+        return None if longest is None else self.fill(row, longest)
 
-        def cut(value: str) -> str:
-            return self.fill({**row, longest: value})
 
-        value = longest_beginning(row[longest], lambda beginning: fits(cut(beginning)))
-        return None if value is None else cut(value)
+def shortened(text: str, longest: int | None) -> str:
+    """A text, or where it has more than `longest` characters these, without blanks at the new end."""
+    return text if longest is None or len(text) <= longest else text[:longest].rstrip()
+
+
+def greatest_fitting(below: int, fits: Callable[[int], bool]) -> int | None:
+    """The greatest number below one that does not fit, of which all smaller ones fit too; None if not even 0 does."""
+    if not fits(0):
+        return None
+    fitting, too_many = 0, below
+    while too_many - fitting > 1:
+        middle = (fitting + too_many) // 2
+        fitting, too_many = (middle, too_many) if fits(middle) else (fitting, middle)
+    return fitting
 
 
 def longest_beginning(text: str, fits: Callable[[str], bool]) -> str | None:
     """Return the longest beginning of a text that fits, which the whole does not; None if not even nothing fits."""
-    if not fits(""):
-        return None
-    shortest, too_long = 0, len(text)
-    while too_long - shortest > 1:
-        middle = (shortest + too_long) // 2
-        shortest, too_long = (middle, too_long) if fits(text[:middle].rstrip()) else (shortest, middle)
-    return text[:shortest].rstrip()
+    longest = greatest_fitting(len(text), lambda n: fits(shortened(text, n)))
+    return None if longest is None else shortened(text, longest)
 
 
 def parse_templates(texts: str | Sequence[str], option: str) -> list[Template]:
