@@ -88,8 +88,14 @@ def test_of_a_long_message_the_end_is_cut(tokenizer: PreTrainedTokenizerFast) ->
     assert labels == [-100] * 30 + ids[30:]
 
 
+def test_where_two_messages_are_long_both_are_cut(tokenizer: PreTrainedTokenizerFast) -> None:
+    spoken = [{"role": "system", "content": "s" * 90}, *turns("q" * 100)]
+    asked = tokenizer.decode(asked_conversation(tokenizer, spoken, 50, "row 1"))
+    assert asked == "<system>" + "s" * 10 + "</s>\n<user>" + "q" * 10 + "</s>\n<assistant>"
+
+
 def test_what_never_fits_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match="row 3: the conversation takes more than 15 tokens even without its longest"):
+    with pytest.raises(UserError, match="row 3: the conversation takes more than 15 tokens even without its messages"):
         asked_conversation(tokenizer, turns("hi"), 15, "row 3")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from turnrow.errors import UserError
 from turnrow.tasks.padding import IGNORED
-from turnrow.tasks.templates import longest_beginning
+from turnrow.tasks.templates import greatest_fitting, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -125,17 +125,16 @@ def _shortened(tokenizer: PreTrainedTokenizerBase, turns: Turns, limit: int, pla
         turns = shorter
     if len(ids) <= limit:
         return ids
-    longest = max(range(len(turns)), key=lambda number: len(turns[number]["content"]))
 
-    def cut(content: str) -> Turns:
-        return [*turns[:longest], {**turns[longest], "content": content}, *turns[longest + 1 :]]
+    def cut(longest: int) -> Turns:
+        return [{**turn, "content": shortened(turn["content"], longest)} for turn in turns]
 
-    content = longest_beginning(turns[longest]["content"], lambda text: len(tokens(cut(text))) <= limit)
-    if content is None:
+    longest = greatest_fitting(max(len(turn["content"]) for turn in turns), lambda n: len(tokens(cut(n))) <= limit)
+    if longest is None:
         raise UserError(
-            f"{place}: the conversation takes more than {limit} tokens even without its longest message; raise max_length"
+            f"{place}: the conversation takes more than {limit} tokens even without its messages; raise max_length"
         )
-    return tokens(cut(content))
+    return tokens(cut(longest))
 
 
 def _without_oldest(turns: Turns) -> Turns | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from turnrow.errors import UserError
 
-__all__ = ["Template", "choose", "greatest_fitting", "longest_beginning", "parse_templates", "shortened"]
+__all__ = ["Template", "choose", "greatest_fitting", "parse_templates", "shortened"]
 
 
 class Template:
@@ -72,12 +72,6 @@ def greatest_fitting(below: int, fits: Callable[[int], bool]) -> int | None:
         middle = (fitting + too_many) // 2
         fitting, too_many = (middle, too_many) if fits(middle) else (fitting, middle)
     return fitting
-
-
-def longest_beginning(text: str, fits: Callable[[str], bool]) -> str | None:
-    """Return the longest beginning of a text that fits, which the whole does not; None if not even nothing fits."""
-    longest = greatest_fitting(len(text), lambda n: fits(shortened(text, n)))
-    return None if longest is None else shortened(text, longest)
 
 
 def parse_templates(texts: str | Sequence[str], option: str) -> list[Template]:
