@@ -21,7 +21,7 @@ from benchmarks import environment, measure
 from benchmarks.results import spread, write
 from benchmarks.suite.suite import Suite
 
-__all__ = ["COSTS", "Cost", "CostRun", "measure_costs", "read_costs"]
+__all__ = ["COSTS", "Cost", "CostRun", "measure_costs", "method_costs", "read_costs"]
 
 COSTS = Path(__file__).parents[1] / "results" / "costs"
 _FORMAT = 1
@@ -116,6 +116,12 @@ def read_costs(suite: str, device: str = "cpu", root: Path = COSTS) -> CostRun |
         return None
     written = json.loads(path.read_text(encoding="utf-8"))
     return CostRun(*(written[name] for name in ("settings", "machine", "methods")))
+
+
+def method_costs(suite: str) -> Mapping[str, Cost]:
+    """By slug of a method, what was measured on the CPU; empty where nothing was."""
+    measured = read_costs(suite)
+    return measured.methods if measured else {}
 
 
 class _Step:

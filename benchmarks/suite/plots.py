@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.suite.cost import Cost, read_costs
+from benchmarks.suite.cost import Cost, method_costs
 from benchmarks.suite.store import RUNS
 from benchmarks.suite.suite import Suite
 from benchmarks.suite.summary import Summary, summarize
@@ -50,8 +50,7 @@ def plot_task(suite: Suite, task: str, target: Path, root: Path = RUNS) -> bool:
 
 
 def _points(suite: Suite, task: str, root: Path) -> dict[str, list[Point]]:
-    measured = read_costs(suite.name)
-    costs = measured.methods if measured else {}
+    costs = method_costs(suite.name)
     groups: dict[str, list[Point]] = {}
     for group, name, fields in suite.methods():
         cell = suite.cell(task, fields)

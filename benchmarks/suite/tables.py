@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.suite.cost import COSTS, Cost, read_costs
+from benchmarks.suite.cost import COSTS, Cost, method_costs, read_costs
 from benchmarks.suite.store import RUNS
 from benchmarks.suite.suite import Suite
 from benchmarks.suite.summary import Summary, known_tasks, summarize
@@ -58,8 +58,7 @@ def task_tables(
     suite: Suite, task: str, groups: Sequence[str] | None = None, root: Path = RUNS
 ) -> Iterator[tuple[str, str]]:
     """Yield (group, table) of one task: trained parameters, score, learning rate, and what a step was measured to cost."""
-    measured = read_costs(suite.name)
-    costs = measured.methods if measured else {}
+    costs = method_costs(suite.name)
     for group in groups or suite.groups:
         cells = {name: suite.cell(task, fields) for name, fields in suite.groups[group].items()}
         rows = [

@@ -1,4 +1,4 @@
-"""What a step of each method costs: every method, the quantized and the sparse ones too, beside the frozen model."""
+"""What a step of each method costs: every method, one with sparse tensors too, beside the frozen model."""
 
 from __future__ import annotations
 
