@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PromptLearningConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils.peft_types import PeftType
 
 from turnrow.adapters.fingerprint import WeightPrint
-from turnrow.adapters.folder import split_by_module
+from turnrow.adapters.folder import Tensors, lies_beside, split_by_module
 from turnrow.adapters.manifest import MANIFEST_NAME, weight_prints
 
 __all__ = ["AdapterFile"]
@@ -43,7 +40,7 @@ class AdapterFile:
     @property
     def lies_beside(self) -> bool:
         """Whether it changes no weight and no layer: prompts and prefixes, which are tokens put before the text."""
-        return issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.method)], PromptLearningConfig)
+        return lies_beside(self.method)
 
     @property
     def base_name(self) -> str | None:
@@ -52,9 +49,13 @@ class AdapterFile:
         return self.config.get("base_model_name_or_path") or recorded
 
     @cached_property
+    def _split(self) -> Tensors:
+        return split_by_module(self.method, self.tensors)
+
+    @property
     def modules(self) -> dict[str, dict[str, torch.Tensor]]:
         """The adapter's own tensors: ``{module: {parameter: tensor}}``."""
-        return split_by_module(self.method, self.tensors)[0]
+        return self._split.modules
 
     @cached_property
     def fused_weights(self) -> list[str]:
@@ -65,10 +66,15 @@ class AdapterFile:
             if any(parameter.endswith("_index") and tensor.ndim == 2 for parameter, tensor in tensors.items())
         ]
 
-    @cached_property
+    @property
     def saved_modules(self) -> dict[str, torch.Tensor]:
         """Tensors of modules trained whole (`modules_to_save`, such as a classifier), by parameter name."""
-        return split_by_module(self.method, self.tensors)[1]
+        return self._split.saved
+
+    @property
+    def shared(self) -> dict[str, torch.Tensor]:
+        """What the adapted modules have in common, trained or only drawn (VeRA's projections), by parameter name."""
+        return self._split.shared
 
     @cached_property
     def base_prints(self) -> dict[str, WeightPrint]:

@@ -62,7 +62,7 @@ def write_derived_adapter(
 def _without_missing_head(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], base: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    has_head = bool(split_by_module(config["peft_type"], tensors)[1])
+    has_head = bool(split_by_module(config["peft_type"], tensors).saved)
     if has_head or config.get("task_type") not in _TASKS_WITH_HEAD:
         return config
     named = {"base_model_class": base["class"], "parent_library": "transformers"} if base.get("class") else None

@@ -1,6 +1,7 @@
 """The two files of peft's adapter layout, `adapter_config.json` and `adapter_model.safetensors`, read without running any code.
 
-Keys of the weights are ``base_model.model.<module>.<parameter>``, without the adapter's name.
+Keys of the weights are ``base_model.model.<module>.<parameter>``, without the adapter's name; what the modules of an adapter have in
+common lies one level further out, ``base_model.<parameter>``.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from peft import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils.peft_types import PeftType
 from safetensors import SafetensorError, safe_open
@@ -23,7 +25,9 @@ __all__ = [
     "CONFIG_NAME",
     "KEY_PREFIX",
     "WEIGHTS_NAME",
+    "Tensors",
     "adapter_folder",
+    "lies_beside",
     "read_config",
     "read_json_object",
     "read_tensor_file",
@@ -34,6 +38,7 @@ __all__ = [
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
+_WRAPPER = "base_model."
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -144,26 +149,42 @@ def read_tensor_file(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def split_by_module(
-    method: str, tensors: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+class Tensors(NamedTuple):
+    """The tensors of an adapter, sorted by what they belong to."""
+
+    modules: dict[str, dict[str, torch.Tensor]]
+    """Those of the adapted modules: ``{module: {parameter: tensor}}``."""
+    saved: dict[str, torch.Tensor]
+    """Of modules trained whole, by full name: what `modules_to_save` holds (a classifier)."""
+    shared: dict[str, torch.Tensor]
+    """What the adapted modules have in common, by its key without ``base_model.``: VeRA's projections, VB-LoRA's bank of vectors."""
+
+
+def split_by_module(method: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
     """Sort the tensors of an adapter by the module that they adapt.
 
     Args:
         method: the adapter's `peft_type`; peft's table says how the parameters of that method begin (``rocoft_``).
         tensors: the contents of an adapter's file.
-
-    Returns:
-        ``{module: {parameter: tensor}}``, and the rest by full name: what `modules_to_save` holds (a classifier).
     """
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(method))
-    modules: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    rest: dict[str, torch.Tensor] = {}
+    sorted_ = Tensors(defaultdict(dict), {}, {})
     for key, tensor in tensors.items():
+        if key.startswith(_WRAPPER) and not key.startswith(KEY_PREFIX) and not lies_beside(method):
+            sorted_.shared[key.removeprefix(_WRAPPER)] = tensor
+            continue
         parts = key.removeprefix(KEY_PREFIX).split(".")
         start = next((i for i, part in enumerate(parts) if prefix and i and part.startswith(prefix)), None)
         if start is None:
-            rest[".".join(parts)] = tensor
+            sorted_.saved[".".join(parts)] = tensor
         else:
-            modules[".".join(parts[:start])][".".join(parts[start:])] = tensor
-    return dict(modules), rest
+            sorted_.modules[".".join(parts[:start])][".".join(parts[start:])] = tensor
+    return sorted_._replace(modules=dict(sorted_.modules))
+
+
+def lies_beside(method: str) -> bool:
+    """Whether a method of peft changes no weight and no layer: prompts and prefixes, which are tokens put before the text.
+
+    Their models are wrapped once less, so that a classifier's key begins with ``base_model.`` alone.
+    """
+    return issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)], PromptLearningConfig)

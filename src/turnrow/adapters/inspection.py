@@ -65,6 +65,9 @@ class AdapterSummary:
     saved: list[ModuleSummary]
     """Parameters trained whole (`modules_to_save`), such as a classifier's, one entry each."""
 
+    shared: list[ModuleSummary]
+    """What the adapted modules have in common, trained (VB-LoRA's bank of vectors) or only drawn (VeRA's projections), one entry each."""
+
     parameters: int
     """Number of trained values, over `modules` and `saved`."""
 
@@ -105,7 +108,10 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterSummary:
         _summary(name, tensors, shapes.get(name), _untrained(adapter, name, tensors))
         for name, tensors in sorted(adapter.modules.items(), key=_natural)
     ]
-    saved = [_summary(name, {name: tensor}, list(tensor.shape)) for name, tensor in adapter.saved_modules.items()]
+    saved, shared = (
+        [_summary(name, {name: tensor}, list(tensor.shape)) for name, tensor in tensors.items()]
+        for tensors in (adapter.saved_modules, adapter.shared)
+    )
     config, manifest = adapter.config, adapter.manifest or {}
     return AdapterSummary(
         path=str(adapter.path),
@@ -117,6 +123,7 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterSummary:
         task_type=config.get("task_type"),
         modules=modules,
         saved=saved,
+        shared=shared,
         parameters=sum(summary.parameters for summary in (*modules, *saved)),
         file_bytes=(Path(adapter.path) / WEIGHTS_NAME).stat().st_size,
         dtypes=dict(Counter(_dtype(tensor) for tensor in adapter.tensors.values())),

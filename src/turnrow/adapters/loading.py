@@ -49,9 +49,11 @@ def load_adapter(
     config = loadable_config(adapter) if adapter.method in ("ROCOFT", "ROAD") else None
     if adapter.lies_beside and is_trainable:
         raise UserError(f"{adapter.path} is a {adapter.method} adapter, which peft cannot load for more training")
-    loaded = PeftModel.from_pretrained(model, str(adapter.path), config=config, is_trainable=is_trainable)
-    if adapter.lies_beside:
-        loaded.requires_grad_(False)  # peft leaves their heads trainable
+    # peft's AdaLoRA asks for the adapter that trains wherever a loss is computed.
+    as_trainable = is_trainable or adapter.method == "ADALORA"
+    loaded = PeftModel.from_pretrained(model, str(adapter.path), config=config, is_trainable=as_trainable)
+    if not is_trainable:
+        loaded.requires_grad_(False)  # of AdaLoRA, and heads beside prompts, which peft leaves trainable
     _check_saved_modules_found(adapter, loaded)
     return loaded
 

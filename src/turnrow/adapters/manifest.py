@@ -80,17 +80,17 @@ def write_manifest(path: str | os.PathLike[str], model: PeftModel, **provenance:
     folder = adapter_folder(path)
     if not isinstance(model, PeftModel):
         raise UserError(f"write_manifest needs the PeftModel that was saved to {folder}, got {type(model).__name__}")
-    modules, rest = split_by_module(read_config(folder)["peft_type"], read_tensors(folder))
+    tensors = split_by_module(read_config(folder)["peft_type"], read_tensors(folder))
     base = model.get_base_model()
     with _original_weights(model):
         layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)}
-        _check_unmerged_and_complete(folder, layers, modules)
+        _check_unmerged_and_complete(folder, layers, tensors.modules)
         prints = {
-            name: fingerprint(layer.get_base_layer(), modules[name])
+            name: fingerprint(layer.get_base_layer(), tensors.modules[name])
             for name, layer in layers.items()
-            if name in modules
+            if name in tensors.modules
         }
-    described = describe_base(base, has_head=bool(rest))
+    described = describe_base(base, has_head=bool(tensors.saved))
     return store_manifest(folder, described, {k: v for k, v in prints.items() if v is not None}, provenance)
 
 

@@ -50,7 +50,7 @@ def _print_tables(summary: AdapterSummary) -> None:
             facts.add_row(name, value)
     console.print(facts)
     table = Table("module", "weight", "trained", "values", "norm", "dtype", box=None, padding=(0, 1))
-    for entry in (*summary.modules, *summary.saved):
+    for entry in (*summary.modules, *summary.saved, *summary.shared):
         table.add_row(*_cells(entry))
     console.print(table)
     for key, count in summary.non_finite.items():
@@ -64,6 +64,10 @@ def _facts(summary: AdapterSummary) -> dict[str, str | None]:
         if isinstance(value, (str, int, float)) or key in _PARTS
     }
     trained = f"{summary.parameters:,} in {len(summary.modules)} modules"
+    if summary.saved:
+        trained += f" and {len(summary.saved)} parameters saved whole"
+    if summary.shared:
+        trained += f"; not counted: {sum(entry.parameters for entry in summary.shared):,} that all modules share"
     told = {key: value for key, value in summary.provenance.items() if key != "recipe_sha256"}
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in summary.dtypes.items())
     return {
@@ -72,7 +76,7 @@ def _facts(summary: AdapterSummary) -> dict[str, str | None]:
         "settings": ", ".join(f"{key}={value}" for key, value in settings.items()),
         "base": summary.base,
         "task": summary.task_type,
-        "trained values": f"{trained} and {len(summary.saved)} parameters saved whole" if summary.saved else trained,
+        "trained values": trained,
         "file": f"{summary.file_bytes:,} bytes; tensors by dtype: {dtypes}",
         "checked on loading": "file and base" if summary.fingerprinted else "sizes only (no turnrow.json)",
         "written with": ", ".join(f"{name} {number}" for name, number in summary.versions.items()),

@@ -21,7 +21,8 @@ def token_losses(logits: Tensor, labels: Tensor, decoder: bool = True) -> Tensor
     """Return -log p(label | the tokens before it), in nats; 0 where a label is ignored.
 
     Args:
-        logits: of shape (rows, tokens, vocabulary).
+        logits: of shape (rows, tokens, vocabulary). Of a decoder there may be more tokens than labels: virtual ones, which prompt tuning
+            puts before the text, and of which nothing is asked.
         labels: of shape (rows, tokens); `IGNORED` where nothing is asked.
         decoder: whether the labels are the input itself, so that a token's logits foresee the next one; those of an
             encoder-decoder foresee the label at their own place.
@@ -32,7 +33,8 @@ def token_losses(logits: Tensor, labels: Tensor, decoder: bool = True) -> Tensor
     import torch
 
     if decoder:
-        return torch.nn.functional.pad(token_losses(logits[:, :-1], labels[:, 1:], decoder=False), (1, 0))
+        own = logits[:, -labels.shape[1] :]
+        return torch.nn.functional.pad(token_losses(own[:, :-1], labels[:, 1:], decoder=False), (1, 0))
     # Row by row: in float32, all of a batch may be many times the model's own logits.
     losses = [
         torch.nn.functional.cross_entropy(row.float(), label, ignore_index=IGNORED, reduction="none")

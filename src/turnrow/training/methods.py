@@ -31,11 +31,20 @@ _RESERVED = {
 # Trained without a config of peft's own: they have no options.
 _PLAIN = ("full", "head", "bitfit")
 
+_UNFIT = {
+    "adaption_prompt": "what it saves cannot be told from what is trained whole, so it could not be checked on loading",
+    "cpt": "it begins with the tokens of chosen training rows and the kind of each, which a recipe does not hold",
+    "multitask_prompt_tuning": "every row would have to say which task it belongs to",
+    "poly": "every row would have to say which task it belongs to",
+    "xlora": "it mixes adapters that were trained before",
+}
+"""Methods of peft that a run cannot train, save and load, and why."""
+
 
 def method_names() -> list[str]:
     """Names for ``method.name``: ours first, then every other method of the installed peft."""
     ours = ["rocoft", "road", *_PLAIN, "lora_fa"]
-    return ours + sorted(set(_config_classes()) - set(ours))
+    return ours + sorted(set(_config_classes()) - {*ours, *_UNFIT})
 
 
 def check_method(method: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,8 +60,9 @@ def check_method(method: Mapping[str, Any]) -> dict[str, Any]:
         if options:
             check_names(options, ["name"], f"method {name}")
         return {"name": name}
-    classes = _config_classes()
-    if name not in (*classes, "lora_fa"):
+    if name in _UNFIT:
+        raise UserError(f"method {name} cannot be trained by a recipe: {_UNFIT[name]}; choose another method of peft")
+    if name not in (*_config_classes(), "lora_fa"):
         hint = near_matches(str(name), method_names()) or f"; allowed: {', '.join(method_names())}"
         raise UserError(f"there is no method {name!r}{hint}")
     options = check_options(options, _config_class(name), f"method {name}", reserved=_RESERVED)
@@ -90,6 +100,11 @@ def apply_method(
             f"method {name}: peft has no such model for the task of this recipe, as it puts virtual tokens into models that it knows; "
             "choose a method that changes layers, such as rocoft or lora"
         )
+    if peft_task_type == "QUESTION_ANS" and name in ("prompt_tuning", "p_tuning"):
+        raise UserError(
+            f"method {name}: peft puts its virtual tokens before the text and leaves the places of the answers where they were, so a "
+            "run would learn to point beside them; choose prefix_tuning, or a method that changes layers, such as rocoft or lora"
+        )
     config.task_type = peft_task_type
     if hasattr(config, "modules_to_save"):
         # For SEQ_CLS peft adds the head by itself and keeps it out of 'all-linear'; for other tasks only what is named
@@ -97,11 +112,16 @@ def apply_method(
         added = ("classifier", "score") if peft_task_type == "SEQ_CLS" else ()
         whole = [name for name in head_modules(base.model, base.new_modules) if name not in added]
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *whole])) or None
+    elif not config.is_prompt_learning and base.new_modules:
+        raise UserError(
+            f"method {name}: peft's {type(config).__name__} saves no whole module, and {base.new_modules[0]!r} is new to this base: the "
+            "adapter could not be used without it; choose a base that has it, or another method"
+        )
     try:
         adapted = get_peft_model(base.model, config)
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # how peft says that a method does not fit the model
         raise UserError(f"method {name}: {error}") from error
     if hasattr(config, "modules_to_save") and config.modules_to_save:
         # peft adds the head for questions once more.

@@ -63,8 +63,7 @@ class Reader:
                 names = list(file.keys())
         except (SafetensorError, OSError, ValueError) as error:
             raise AdapterError(f"{weights} is truncated, damaged or no safetensors file: {error}") from error
-        modules, _ = split_by_module(method, dict.fromkeys(names, torch.empty(0)))
-        self._check_modules(folder, modules)
+        self._check_modules(folder, split_by_module(method, dict.fromkeys(names, torch.empty(0))).modules)
         return method
 
     def read(self, path: str | os.PathLike[str]) -> Parts:
