@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from turnrow.errors import UserError
 from turnrow.training import evaluate_adapter, train
@@ -79,3 +80,27 @@ def test_a_section_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         make_recipe(method=method, reselection=section)
+
+
+def test_experts_are_refused_before_anything_is_trained(
+    make_recipe: MakeRecipe, tmp_path: Path, tiny_decoder_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_local_experts": 2,
+    }
+    base = tmp_path / "mixtral"
+    MixtralForCausalLM(MixtralConfig(vocab_size=len(tiny_decoder_tokenizer), **sizes)).save_pretrained(base)
+    tiny_decoder_tokenizer.save_pretrained(base)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": "the film was good"}) + "\n")
+    recipe = make_recipe(
+        model=str(base), task={"name": "language_modelling"}, data=dict.fromkeys(("train", "test"), str(texts)), max_length=16,
+        training={"eval_strategy": "no"}, reselection={"every": 1000, "strategy": "cycle"},
+    )  # fmt: skip
+    with pytest.raises(UserError, match="reselection is for linear layers, not for fused experts"):
+        train(recipe)
+    assert not (tmp_path / "run").exists()

@@ -101,21 +101,84 @@ def test_what_is_settled_is_in_the_file_of_a_checkpoint_and_comes_back(mode, tmp
 def test_the_state_of_the_optimizer_follows_its_rows_and_is_zero_for_fresh_ones(mode):
     model, inputs, optimizer = _model(mode)
     _train(model, inputs, optimizer)
+    before = [
+        (piece.index.tolist(), optimizer.state[piece.parameter]["exp_avg"] / (1 - 0.9**2))
+        for piece in (layer.parts("default")[0] for layer in _layers(model))
+    ]
+    move_optimizer_state(optimizer, reselect(model, [inputs], strategy="gradient"))
+    axis, staying = (0 if mode == "row" else 1), 0
+    for layer, (old, corrected) in zip(_layers(model), before, strict=True):
+        piece = layer.parts("default")[0]
+        state = optimizer.state[piece.parameter]
+        for place, number in enumerate(piece.index.tolist()):
+            values = state["exp_avg"].select(axis, place) / (1 - 0.9)
+            if number in old:
+                torch.testing.assert_close(values, corrected.select(axis, old.index(number)))
+                staying += 1
+            else:
+                assert not values.any()
+        assert state["step"] == 1
+    assert staying
+
+
+def _constant_gradient(optimizer, parameter, steps):
+    """How far each step goes with the gradient 1, relative to the learning rate."""
+    lengths = []
+    for _ in range(steps):
+        before = parameter.detach().clone()
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        lengths.append((before - parameter.detach()) / optimizer.param_groups[0]["lr"])
+    return torch.stack(lengths)
+
+
+@pytest.mark.parametrize("fields", [{}, {"amsgrad": True}, {"betas": (0.8, 0.95)}], ids=str)
+def test_fresh_rows_take_no_larger_steps_than_those_of_a_fresh_optimizer(fields):
+    model, _, _ = _model("row")
     layer = _layers(model)[0]
     parameter = layer.parts("default")[0].parameter
-    moment = optimizer.state[parameter]["exp_avg"].clone()
-    old = layer.parts("default")[0].index.tolist()
+    optimizer = torch.optim.AdamW([parameter], lr=1e-3, weight_decay=0, **fields)
+    _constant_gradient(optimizer, parameter, 500)
+    move = next(m for m in reselect(model, None, strategy="cycle") if m.parameter is parameter)
+    stays = torch.arange(len(move.source)) == 0
+    move.source[0] = 0
+    move_optimizer_state(optimizer, [move])
+    lengths = _constant_gradient(optimizer, parameter, 30)
+    torch.testing.assert_close(lengths[:, stays], torch.ones_like(lengths[:, stays]), rtol=1e-3, atol=0)
+    assert lengths[:, ~stays].max() <= 1.02  # with the count of the others it was 6
+    assert lengths[5:, ~stays].min() > 0.9
+
+
+def test_momentum_moves_as_it_is():
+    model, inputs, _ = _model("row")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    _train(model, inputs, optimizer)
+    layer = _layers(model)[0]
+    first = layer.parts("default")[0]
+    kept, old = optimizer.state[first.parameter]["momentum_buffer"].clone(), first.index.tolist()
     move_optimizer_state(optimizer, reselect(model, [inputs], strategy="gradient"))
-    new = layer.parts("default")[0].index.tolist()
-    axis = 0 if mode == "row" else 1
-    moved = optimizer.state[parameter]["exp_avg"]
-    for place, number in enumerate(new):
-        values = moved.select(axis, place)
-        if number in old:
-            assert torch.equal(values, moment.select(axis, old.index(number)))
-        else:
-            assert not values.any()
-    assert optimizer.state[parameter]["step"] == 2
+    moved = optimizer.state[first.parameter]["momentum_buffer"]
+    for values, number in zip(moved, layer.parts("default")[0].index.tolist(), strict=True):
+        assert torch.equal(values, kept[old.index(number)] if number in old else torch.zeros_like(values))
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "RMSprop", "NAdam", "Adafactor", "AdamW8bit"])
+def test_state_that_cannot_be_told_by_row_begins_anew(name):
+    model, inputs, _ = _model("row")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if name == "AdamW8bit":
+        optimizer = pytest.importorskip("bitsandbytes").optim.AdamW8bit(trained, lr=1e-2, min_8bit_size=1)
+    else:
+        optimizer = getattr(torch.optim, name)(trained, lr=1e-2)
+    _train(model, inputs, optimizer)
+    assert all(optimizer.state[parameter] for parameter in trained)
+    move_optimizer_state(optimizer, reselect(model, None, strategy="cycle"))
+    assert not any(optimizer.state.get(parameter) for parameter in trained)
+    before = [parameter.detach().clone() for parameter in trained]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert all(torch.equal(parameter, kept) for parameter, kept in zip(trained, before, strict=True))
 
 
 @MODES
@@ -157,6 +220,12 @@ def test_the_budget_caps_how_many_are_ever_trained(mode, strategy):
             "reselection.strategy is 'wanda_max'; it must be one of 'gradient'",
         ),
         (RocoftConfig(r=5), {"budget": 4}, "reselection.budget is 4, below the 5 rows that are trained at once"),
+        (
+            RocoftConfig(indices={"q_proj": [0, 1], "v_proj": [0, 1, 2, 3, 4]}),
+            {"budget": 4},
+            "reselection.budget is 4, below the 5",
+        ),
+        (RocoftConfig(r=1, indices=[0, 1, 2]), {"budget": 2}, "reselection.budget is 2, below the 3"),
         (None, {}, "reselection is for method rocoft; the adapter is of NoneType"),
     ],
 )

@@ -41,7 +41,7 @@ from turnrow.training.saved import SavedModel, prediction_rows, save_run, write_
 from turnrow.training.seeding import deterministic
 from turnrow.training.splits import read_splits
 from turnrow.training.trainer import evaluation_arguments, kept_checkpoints, make_trainer, training_arguments
-from turnrow.tuners import unite
+from turnrow.tuners import check_reselection, unite
 
 __all__ = ["RunResult", "train"]
 
@@ -128,6 +128,7 @@ def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder,
     # Anew when a run is resumed too: what its checkpoint holds then takes the place of the choice, which is the same.
     selection = calibrate(model, splits["train"].encoded, task, base.tokenizer, args, recipe.calibration_samples)
     current = SavedModel(model, base.tokenizer, task, limit, evaluation_arguments(args))
+    reselection = _reselection(recipe, task, base.tokenizer, splits["train"].encoded, model, args)
 
     checkpoint = from_first(_open(folder, recipe, args, overwrite=overwrite) if is_first() else None)
     before, _ = _evaluate(current, splits["test"], "test, before" if shows else None)
@@ -142,7 +143,7 @@ def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder,
         validation=splits["validation"].encoded if "validation" in splits else None,
         callbacks=[
             *rank_allocation(model),
-            *_reselection(recipe, task, base.tokenizer, splits["train"].encoded, model, args),
+            *reselection,
             SealAndRotate(kept_checkpoints(recipe)),
             interrupt,
             *([bars] if shows else []),
@@ -216,6 +217,8 @@ def _reselection(
     if recipe.reselection is None:
         return []
     settings = Reselection.from_dict(recipe.reselection, recipe.method)
+    # Once more, now that its targets are known: fused experts may be among them.
+    check_reselection(model.peft_config["default"], settings.strategy, settings.budget)
     rows = model_columns(encoded, model, task)
     return [Reselect(settings, rows, task.collator(tokenizer), args.per_device_train_batch_size, recipe.seed)]
 

@@ -66,9 +66,16 @@ def check_reselection(config: object, strategy: object, budget: int | None) -> N
         raise UserError(
             f"reselection.strategy is {strategy!r}; it must be one of {', '.join(map(repr, RESELECTION_STRATEGIES))}"
         )
-    highest = max([config.r, *config.rank_pattern.values()])
+    highest = _most_at_once(config)
     if budget is not None and budget < highest:
         raise UserError(f"reselection.budget is {budget}, below the {highest} {config.mode}s that are trained at once")
+
+
+def _most_at_once(config: RocoftConfig) -> int:
+    """The most rows or columns of a module that are trained at a time."""
+    if isinstance(config.indices, dict):
+        return max([len(index) for index in config.indices.values()], default=config.r)
+    return max([config.r, *config.rank_pattern.values()]) if config.indices is None else len(config.indices)
 
 
 def reselect(
@@ -125,12 +132,39 @@ def reselect(
 def move_optimizer_state(optimizer: torch.optim.Optimizer, moves: Iterable[Move]) -> None:
     """Let the state of the optimizer follow the rows or columns that stay; for the others it begins at zero.
 
-    Whatever the optimizer keeps in the shape of a parameter moves (Adam's two moments); step counts and the like stay.
+    Adam and AdamW correct their moments by one count of steps for the whole parameter. For fresh rows it would be too high, so that
+    they took steps up to six times too large for hundreds of steps. The count is therefore set back to one, and the moments of what
+    stays to what one step would have left that found their corrected values: for them the corrected moments are what they were,
+    of a shorter memory; a fresh row begins as with a fresh optimizer, and rises to full steps from below.
+
+    State without a count of steps moves as it is (SGD's momentum). Of other optimizers (8 bits, factored moments) what belongs to a row
+    cannot be told, so that their state begins anew for the whole parameter.
     """
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for move in moves:
-        for name, value in optimizer.state.get(move.parameter, {}).items():
-            if isinstance(value, Tensor) and value.shape == move.parameter.shape:
-                optimizer.state[move.parameter][name] = _taken(value, move.source, move.axis)
+        state = optimizer.state.get(move.parameter)
+        if not state:
+            continue
+        moments = {name: value for name, value in state.items() if name != "step"}
+        if not all(_is_like(value, move.parameter) for value in moments.values()):
+            del optimizer.state[move.parameter]
+        elif "step" not in state:
+            state |= {name: _taken(value, move.source, move.axis) for name, value in moments.items()}
+        elif moments.keys() <= _ADAM.keys():
+            for name, value in moments.items():
+                beta = groups[move.parameter]["betas"][_ADAM[name]]
+                state[name] = _taken(value, move.source, move.axis) * ((1 - beta) / (1 - beta ** float(state["step"])))
+            state["step"] = torch.ones_like(state["step"])
+        else:
+            del optimizer.state[move.parameter]
+
+
+_ADAM = {"exp_avg": 0, "exp_avg_sq": 1, "max_exp_avg_sq": 1}
+"""What Adam and AdamW of torch keep beside their count of steps, and which of the betas each decays by."""
+
+
+def _is_like(value: object, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
 
 
 def unite(model: PeftModel, adapter_name: str = "default") -> None:
