@@ -32,7 +32,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks import measure
 from benchmarks.methods import LORA_RANK, RANK, sharing_copy, with_road_of_peft
-from benchmarks.results import provenance, spread, write
+from benchmarks.results import provenance, result_file, spread, write
 from benchmarks.shapes import SHAPES, Shape, build_model, target_names
 from benchmarks.table import origin
 from turnrow import RocoftConfig
@@ -260,7 +260,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch; default: %(default)s")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--output", type=Path, help="JSON file to write, else only the table is printed")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a result file; measure nothing")
+    parser.add_argument(
+        "--show", type=result_file, metavar="FILE", help="print the table of a result file; measure nothing"
+    )
     arguments = parser.parse_args(argv)
     for name in ("samples", "tokens", "cached", "repeats", "threads"):
         if getattr(arguments, name) < 1:

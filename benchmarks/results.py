@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from benchmarks import environment
 from benchmarks.shapes import Shape
 from turnrow.files import write_text
 
-__all__ = ["plus_minus", "provenance", "spread", "write"]
+__all__ = ["plus_minus", "provenance", "result_file", "spread", "write"]
 
 
 def provenance(benchmark: str, format_number: int, shape: Shape, device: str) -> dict[str, Any]:
@@ -49,3 +50,10 @@ def plus_minus(values: Sequence[float]) -> str:
 def write(result: dict[str, Any], path: Path) -> None:
     """Write `result` as JSON; `path` is never seen half written."""
     write_text(path, json.dumps(result, indent=1) + "\n")
+
+
+def result_file(text: str) -> Path:
+    """The type of an argument that names a result: a file that is there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}")
+    return Path(text)

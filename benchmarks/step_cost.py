@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from benchmarks.methods import LIMIT, METHODS, find_method, sharing_copy
-from benchmarks.results import provenance, spread, write
+from benchmarks.results import provenance, result_file, spread, write
 from benchmarks.shapes import SHAPES, Shape, build_model, target_names
 from benchmarks.table import markdown
 
@@ -174,7 +174,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"of {', '.join(METHODS)}; lora, rows and columns with any rank, as rows:64; default: all of these",
     )
     parser.add_argument("--output", type=Path, help="JSON file to write, else only the table is printed")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a result file; measure nothing")
+    parser.add_argument(
+        "--show", type=result_file, metavar="FILE", help="print the table of a result file; measure nothing"
+    )
     arguments = parser.parse_args(argv)
     for name in ("batch", "sequence", "repeats", "threads"):
         value = getattr(arguments, name)

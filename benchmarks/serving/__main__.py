@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import provenance, write
+from benchmarks.results import provenance, result_file, write
 from benchmarks.serving.methods import BASE, METHODS, enliven
 from benchmarks.serving.table import markdown
 from benchmarks.serving.timing import TOLERANCE, measure_load
@@ -68,7 +68,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="processor time of the thread that runs the model, or the time of day; default: the first on one thread of a CPU",
     )
     parser.add_argument("--output", type=Path, help="JSON file to write, else only the table is printed")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a result file; measure nothing")
+    parser.add_argument(
+        "--show", type=result_file, metavar="FILE", help="print the table of a result file; measure nothing"
+    )
     arguments = parser.parse_args(argv)
     for name in ("requests", "rounds", "peer_rounds", "batch_tokens", "threads"):
         if getattr(arguments, name) < 1:

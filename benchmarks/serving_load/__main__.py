@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment
-from benchmarks.results import write
+from benchmarks.results import result_file, write
 from benchmarks.serving_load.adapters import spoil, write_adapters
 from benchmarks.serving_load.answers import judge, references
 from benchmarks.serving_load.asking import ask_all, draw
@@ -122,7 +122,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="JSON file to write, else only the table is printed")
     parser.add_argument("--plot", type=Path, help="PNG to draw")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="print the table of a result (and draw); run nothing")
+    parser.add_argument(
+        "--show", type=result_file, metavar="FILE", help="print the table of a result (and draw); run nothing"
+    )
     arguments = parser.parse_args(argv)
     for name in ("adapters", "slots", "requests", "at_once"):
         if getattr(arguments, name) < 1:

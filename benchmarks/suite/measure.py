@@ -16,11 +16,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks import environment
-from benchmarks.suite.search import best_rate, has_learnt, next_rates, validation_score
+from benchmarks.suite.search import best_rate, still_wanted, validation_score
 from benchmarks.suite.store import Store
 from benchmarks.suite.suite import Cell
+from turnrow.errors import UserError
 
-__all__ = ["data_of", "measure"]
+__all__ = ["data_of", "measure", "split_files"]
 
 _KEPT = (
     "main_metric", "greater_is_better", "trainable_parameters", "total_parameters", "steps", "seconds_per_step",
@@ -50,10 +51,15 @@ def measure(cell: Cell, folder: Path, store: Store | None = None) -> None:
             store.add(run if "failed" in run else run | {"test": _evaluate(adapter, data["test"])})
 
 
+def split_files(folder: Path, task: str) -> dict[str, Path]:
+    """Where the splits of a task lie in the folder of the tasks' folders."""
+    return {name: folder / task / f"{name}.jsonl.gz" for name in ("train", "validation", "test")}
+
+
 @contextmanager
 def data_of(folder: Path, task: str, rows: int | None) -> Iterator[dict[str, str]]:
     """The splits of a task, the training split cut to `rows` rows that are drawn once for all runs."""
-    splits = {name: str(folder / task / f"{name}.jsonl.gz") for name in ("train", "validation", "test")}
+    splits = {name: str(file) for name, file in split_files(folder, task).items()}
     if rows is None:
         yield splits
         return
@@ -66,18 +72,27 @@ def data_of(folder: Path, task: str, rows: int | None) -> Iterator[dict[str, str
 
 
 def _search(store: Store, data: dict[str, str], kept: Path) -> float:
-    cell, tried, learnt = store.cell, dict[float, float](), dict[float, bool]()
-    while wanted := next_rates(tried, cell.rates, not tried or learnt[best_rate(tried)]):
+    cell, runs = store.cell, dict[float, dict[str, Any]]()
+    while wanted := still_wanted(runs, cell.rates):
         for rate in wanted:
             run = store.find(rate, cell.seeds[0])
             if run is None:
                 run = _run(cell, data, rate, cell.seeds[0], kept / f"{rate:g}")
                 store.add(run)
-            tried[rate], learnt[rate] = validation_score(run), has_learnt(run)
+            runs[rate] = run
             for folder in kept.iterdir():  # only the best so far may be asked for again
-                if folder.name != f"{best_rate(tried):g}":
+                if folder.name != f"{_best(runs):g}":
                     shutil.rmtree(folder)
-    return best_rate(tried)
+    if validation_score(runs[_best(runs)]) == float("-inf"):
+        raise UserError(
+            f"no run of {cell.slug!r} on {cell.task} came to an end, the last with {run['failed']}; once that is put right, delete "
+            f"{store.folder}"
+        )
+    return _best(runs)
+
+
+def _best(runs: dict[float, dict[str, Any]]) -> float:
+    return best_rate({rate: validation_score(run) for rate, run in runs.items()})
 
 
 def _run(cell: Cell, data: dict[str, str], rate: float, seed: int, folder: Path) -> dict[str, Any]:
@@ -104,6 +119,8 @@ def _run(cell: Cell, data: dict[str, str], rate: float, seed: int, folder: Path)
             }
         )
         metrics = train(recipe, overwrite=True).metrics
+    except OSError:
+        raise  # of the machine, not of the method: a full disk, a file that has gone
     except Exception as error:
         traceback.print_exc()
         return run | {"failed": f"{type(error).__name__}: {error}"}

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.suite.measure import measure
+from benchmarks.suite.measure import measure, split_files
 from benchmarks.suite.store import RUNS, Store
 from benchmarks.suite.suite import Cell
 from turnrow.errors import UserError
 
 __all__ = ["run_cells"]
+
+_PATIENCE = 20.0
+"""Seconds that an interrupted cell may take to end by itself."""
 
 
 def run_cells(
@@ -31,11 +35,12 @@ def run_cells(
         threads: CPU threads of torch for each.
         root: where the runs are kept. With several machines, a folder that all of them see.
     """
-    for cell in cells:
-        if not (data / cell.task / "train.jsonl.gz").is_file():
-            raise UserError(
-                f"there is no {data / cell.task / 'train.jsonl.gz'}; name with --data the folder of the tasks' folders"
-            )
+    for name, value in (("workers", workers), ("threads", threads)):
+        if value < 1:
+            raise UserError(f"--{name} is {value}; at least 1 is needed")
+    for file in (path for cell in cells for path in split_files(data, cell.task).values()):
+        if not file.is_file():
+            raise UserError(f"there is no {file}; name with --data the folder of the tasks' folders")
     return _by_ray(cells, data, workers, threads, root) if workers > 1 else _alone(cells, data, threads, root)
 
 
@@ -44,7 +49,12 @@ def work(cell: Cell, data: Path, threads: int, root: Path) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    measure(cell, data, Store(cell, root))
+    try:
+        measure(cell, data, Store(cell, root))
+    except KeyboardInterrupt:
+        sys.exit(130)  # without a traceback; whoever runs it was interrupted too
+    except UserError as error:
+        sys.exit(f"  {error}")
 
 
 def _alone(cells: Sequence[Cell], data: Path, threads: int, root: Path) -> list[Cell]:
@@ -57,6 +67,7 @@ def _alone(cells: Sequence[Cell], data: Path, threads: int, root: Path) -> list[
         try:
             process.join()
         except KeyboardInterrupt:
+            process.join(_PATIENCE)  # Ctrl-C reached it as well: it ends its step and removes what it had for itself
             process.terminate()
             process.join()
             raise

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.suite.suite import Rates
 
-__all__ = ["best_rate", "has_learnt", "next_rates", "validation_score"]
+__all__ = ["best_rate", "has_learnt", "next_rates", "still_wanted", "validation_score"]
 
 
 def next_rates(tried: Mapping[float, float], rates: Rates, learnt: bool = True) -> list[float]:
@@ -23,6 +23,12 @@ def next_rates(tried: Mapping[float, float], rates: Rates, learnt: bool = True) 
         return list(rates.first)
     around = [rates.grid.index(rate) for rate in ([best_rate(tried)] if learnt else tried)]
     return [rate for rate in rates.grid[max(0, min(around) - 1) : max(around) + 2] if rate not in tried]
+
+
+def still_wanted(runs: Mapping[float, Mapping[str, Any]], rates: Rates) -> list[float]:
+    """`next_rates` after some runs of the first seed, by learning rate; none once the search is finished."""
+    scores = {rate: validation_score(run) for rate, run in runs.items()}
+    return next_rates(scores, rates, not scores or has_learnt(runs[best_rate(scores)]))
 
 
 def best_rate(tried: Mapping[float, float]) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import plus_minus
-from benchmarks.suite.search import best_rate, validation_score
+from benchmarks.suite.search import best_rate, still_wanted, validation_score
 from benchmarks.suite.store import RUNS, Store
 from benchmarks.suite.suite import Cell, Suite
 
@@ -29,6 +29,8 @@ class Summary:
     greater_is_better: bool
     scores: tuple[float, ...]
     """Main metric on the test split, one a seed; a share as a percentage."""
+    searching: bool
+    """Whether learning rates are left to try, so that another one may turn out to be better."""
 
     @property
     def mean(self) -> float:
@@ -40,16 +42,20 @@ class Summary:
         """Standard deviation over the seeds, of a sample; None of one seed."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
+    def score(self) -> str:
+        """Mean ± deviation, with one decimal, and ``*`` while learning rates are left to try."""
+        return plus_minus(self.scores) + ("*" if self.searching else "")
+
     def text(self) -> str:
-        """Mean ± deviation, with one decimal, and the number of seeds where there are not yet three."""
-        return plus_minus(self.scores) + (f" ({len(self.scores)})" if len(self.scores) < 3 else "")
+        """`score`, and the number of seeds where there are not yet three."""
+        return self.score() + (f" ({len(self.scores)})" if len(self.scores) < 3 else "")
 
 
 def summarize(cell: Cell, root: Path = RUNS) -> Summary | None:
     """What is known of a cell so far, at the learning rate that is best by now; None while no run at it is evaluated on the test split."""
     every = Store(cell, root).runs()
-    searched = {run["learning_rate"]: validation_score(run) for run in every if run["seed"] == cell.seeds[0]}
-    best = best_rate(searched) if searched else None
+    searched = {run["learning_rate"]: run for run in every if run["seed"] == cell.seeds[0]}
+    best = best_rate({rate: validation_score(run) for rate, run in searched.items()}) if searched else None
     # Runs at another rate were evaluated before the search went on.
     runs = sorted((run for run in every if run["learning_rate"] == best and "test" in run), key=lambda run: run["seed"])
     if not runs:
@@ -61,6 +67,7 @@ def summarize(cell: Cell, root: Path = RUNS) -> Summary | None:
         metric=metric,
         greater_is_better=runs[0]["greater_is_better"],
         scores=tuple(percent(metric, run["test"][metric]) for run in runs),
+        searching=bool(still_wanted(searched, cell.rates)),
     )
 
 

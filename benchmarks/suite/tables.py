@@ -72,9 +72,8 @@ def task_tables(
 
 
 def _row(name: str, found: Summary, cost: Cost | None) -> str:
-    spread = "" if found.deviation is None else f" ± {found.deviation:.1f}"
     step, memory = (f"{cost['ratio']['median']:.2f}", f"{cost['peak_bytes'] / 2**20:,.0f}") if cost else ("", "")
-    return f"| {name} | {found.trained:,} | {found.mean:.1f}{spread} | {len(found.scores)} | {found.learning_rate:g} | {step} | {memory} |"
+    return f"| {name} | {found.trained:,} | {found.score()} | {len(found.scores)} | {found.learning_rate:g} | {step} | {memory} |"
 
 
 def _mean(found: Sequence[Summary | None]) -> str:

@@ -14,6 +14,7 @@ from benchmarks.suite.measure import data_of, measure
 from benchmarks.suite.store import Store
 from benchmarks.suite.suite import Cell, Rates
 from benchmarks.suite.summary import summarize
+from turnrow.errors import UserError
 
 RATES = Rates(grid=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), first=(1e-3, 3e-3, 1e-2))
 METHOD = {"name": "rocoft", "mode": "row", "r": 4}
@@ -105,6 +106,7 @@ def test_the_learning_rate_is_the_best_on_validation_and_only_it_sees_the_test_s
     assert found is not None
     assert (found.learning_rate, found.scores) == (3e-3, (50.0, 51.0, 52.0))
     assert found.trained == 10
+    assert found.text() == "51.0 ± 1.0"
 
 
 def test_a_file_a_run_says_what_was_run(data: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +154,7 @@ def test_a_search_that_goes_on_later_leaves_no_score_of_the_former_best(
     found = summarize(store.cell, store.folder.parents[2])
     assert found is not None
     assert (found.learning_rate, found.scores) == (3e-4, (40.0,))
+    assert (found.score(), found.text()) == ("40.0*", "40.0* (1)"), "1e-4 is left to try"
 
 
 def test_of_equal_learning_rates_the_lower_wins(data: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,14 +204,6 @@ def test_a_run_that_fails_says_so_and_the_others_count(
     assert failed["failed"] == "ValueError: loss is not finite"
 
 
-def test_a_cell_all_of_whose_runs_fail_has_no_summary(
-    data: Path, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Trainings(monkeypatch, dict.fromkeys(RATES.grid))
-    measure(store.cell, data, store)
-    assert summarize(store.cell, store.folder.parents[2]) is None
-
-
 def test_a_last_row_without_a_line_end_is_a_row_of_its_own(data: Path) -> None:
     path = data / "sst2" / "train.jsonl.gz"
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()).rstrip()))
@@ -226,3 +221,25 @@ def test_training_rows_are_the_same_for_every_run(data: Path) -> None:
     assert len(set(drawn[0].splitlines())) == 7
     with data_of(data, "sst2", None) as files:
         assert files["train"] == str(data / "sst2" / "train.jsonl.gz")
+
+
+def test_a_cell_of_which_every_run_fails_is_an_error(data: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    Trainings(monkeypatch, dict.fromkeys(RATES.grid))
+    for _ in range(2):  # what failed is not run again, and is not taken for done either
+        with pytest.raises(
+            UserError, match=f"on sst2 came to an end, the last with ValueError: .*; .* delete {store.folder}"
+        ):
+            measure(store.cell, data, store)
+    assert summarize(store.cell, store.folder.parents[2]) is None
+
+
+def test_what_the_machine_lacks_is_no_result_of_a_method(
+    data: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("turnrow.training.train", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        measure(store.cell, data, store)
+    assert not store.folder.exists()

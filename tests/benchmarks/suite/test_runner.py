@@ -30,7 +30,8 @@ def work(cell: Cell, data: Path, threads: int, root: Path) -> None:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     (tmp_path / "data" / "sst2").mkdir(parents=True)
-    (tmp_path / "data" / "sst2" / "train.jsonl.gz").touch()
+    for split in ("train", "validation", "test"):
+        (tmp_path / "data" / "sst2" / f"{split}.jsonl.gz").touch()
     return tmp_path / "data"
 
 
@@ -45,10 +46,32 @@ def test_a_cell_whose_process_dies_is_reported_and_the_rest_goes_on(
     assert "1/2 sst2: dies\n  its process ended with 9; going on with the next\n2/2 sst2: last" in printed
 
 
-def test_data_that_is_not_there_is_named_before_anything_runs(data: Path, tmp_path: Path) -> None:
-    (data / "sst2" / "train.jsonl.gz").unlink()
-    with pytest.raises(UserError, match="there is no .*train.jsonl.gz; name with --data the folder"):
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_data_that_is_not_there_is_named_before_anything_runs(split: str, data: Path, tmp_path: Path) -> None:
+    (data / "sst2" / f"{split}.jsonl.gz").unlink()
+    with pytest.raises(UserError, match=f"there is no .*{split}.jsonl.gz; name with --data the folder"):
         runner.run_cells(cells("first"), data, root=tmp_path / "runs")
+
+
+@pytest.mark.parametrize("option", ["workers", "threads"])
+def test_no_worker_and_no_thread_are_refused(option: str, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"--{option} is 0; at least 1 is needed"):
+        runner.run_cells(cells("first"), data, root=tmp_path / "runs", **{option: 0})
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"), [(KeyboardInterrupt("ended after step 3"), 130), (UserError("no run came to an end"), None)]
+)
+def test_a_cell_that_ends_early_ends_its_process_without_a_traceback(
+    raised: BaseException, status: int | None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(runner, "measure", measure)
+    with pytest.raises(SystemExit) as ended:
+        runner.work(cells("first")[0], data, 1, tmp_path / "runs")
+    assert ended.value.code == (status or f"  {raised}")
 
 
 @pytest.mark.slow
