@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from PIL import Image
 
 from turnrow.errors import UserError
 from turnrow.tasks import need_pillow, plain_columns, read_table
@@ -46,6 +47,17 @@ def test_images_of_other_modes_become_rgb(mode: str) -> None:
         data = Dataset.from_list([{"image": held.getvalue()}])
     (pixel,) = opened(data)
     assert len(pixel) == 3
+
+
+@pytest.mark.parametrize(("mode", "form"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I;16B", "TIFF")])
+def test_sixteen_bits_of_grey_become_eight(mode: str, form: str) -> None:
+    held = io.BytesIO()
+    image = Image.new(mode, (4, 3))
+    for place, value in enumerate([0, 300, 30000, 65535]):
+        image.putpixel((place, 0), value)
+    image.save(held, form)
+    read = open_image({"bytes": held.getvalue(), "path": None})
+    assert [read.getpixel((place, 0)) for place in range(4)] == [(0,) * 3, (1,) * 3, (117,) * 3, (255,) * 3]
 
 
 def test_a_photograph_is_turned_as_its_camera_was() -> None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from turnrow.errors import UserError
 from turnrow.tasks.columns import describe_split
 
@@ -84,12 +86,15 @@ def open_image(cell: Mapping[str, Any]) -> Image:
     Raises:
         UserError: its file is damaged or has gone.
     """
-    from PIL import ImageOps
+    from PIL import Image, ImageOps
 
     try:
         with _opened(cell) as image:
             # What a camera noted of its own position; and Pillow warns of palettes whose colours are partly transparent.
             upright = ImageOps.exif_transpose(image)
+            # Of 16 bits Pillow would make white whatever exceeds 255. Older versions open PNG files of such as "I".
+            if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             return (upright.convert("RGBA") if "transparency" in upright.info else upright).convert("RGB")
     except OSError as error:
         raise UserError(f"the image {_name(cell)} cannot be read: {_reason(error)}") from error
