@@ -202,4 +202,4 @@ def _written(tokenizer: PreTrainedTokenizerBase, turns: Turns, place: str, *, as
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

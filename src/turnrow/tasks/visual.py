@@ -173,7 +173,7 @@ class VisualPrompter:
 
     def _of_image(self, image: Image | None) -> list[int]:
         """The tokens that stand for the image in the model's input."""
-        made = self.processor(text=[self._image_text], images=[image], add_special_tokens=False)
+        made = self.processor(text=[self._image_text], images=[image], add_special_tokens=False, verbose=False)
         return list(made["input_ids"][0])
 
     def _written(self, turns: Turns, place: str, *, asks: bool) -> str:
