@@ -85,9 +85,10 @@ def test_label_of_another_type_is_refused(labels: list[Any], shown: str) -> None
         fitted(labels)
 
 
-def test_empty_label_is_refused() -> None:
-    with pytest.raises(UserError, match=r"row 2: a label must be an integer, a text or a boolean, got '' \(str\)"):
-        fitted(["a", ""])
+@pytest.mark.parametrize("blank", ["", "  ", "\n"])
+def test_blank_label_is_refused(blank: str) -> None:
+    with pytest.raises(UserError, match=r"row 2: a label must be an integer, a text or a boolean, got '.*' \(str\)"):
+        fitted(["a", blank])
 
 
 def test_one_label_alone_is_no_classification() -> None:

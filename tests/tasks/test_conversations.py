@@ -74,6 +74,44 @@ def test_of_a_long_conversation_the_oldest_exchanges_are_left_out(tokenizer: Pre
     assert tokenizer.decode(asked) == "<system>s</s>\n<user>three</s>\n<assistant>"
 
 
+@pytest.mark.parametrize("opening", [["hello"], ["hello", ""]])
+def test_what_the_assistant_opens_with_is_read_and_not_learned(
+    tokenizer: PreTrainedTokenizerFast, opening: list[str]
+) -> None:
+    opened = [*({"role": "assistant", "content": content} for content in opening), *turns("hi", "hey")]
+    ids, labels = answered_conversation(tokenizer, opened, 200, "row 1")
+    written = "".join(f"<assistant>{content}</s>\n" for content in opening)
+    assert tokenizer.decode(ids) == f"{written}<user>hi</s>\n<assistant>hey</s>\n"
+    assert tokenizer.decode([label for label in labels if label != -100]) == "hey</s>\n"
+    asked = asked_conversation(tokenizer, opened, 200, "row 1")
+    assert ids[: len(asked)] == asked
+    assert labels[len(asked) - 1] == -100 != labels[len(asked)]
+
+
+def test_an_opening_is_the_oldest_of_a_long_conversation(tokenizer: PreTrainedTokenizerFast) -> None:
+    opened = [{"role": "assistant", "content": "h" * 50}, *turns("hi", "hey")]
+    assert answered_conversation(tokenizer, opened, 40, "") == answered_conversation(tokenizer, opened[1:], 40, "")
+    assert asked_conversation(tokenizer, opened, 40, "") == asked_conversation(tokenizer, opened[1:], 40, "")
+
+
+def test_several_answers_stay_with_their_question(tokenizer: PreTrainedTokenizerFast) -> None:
+    first, second = (
+        [{"role": "user", "content": question}, *({"role": "assistant", "content": answer} for answer in answers)]
+        for question, answers in (("one", ["1", "I"]), ("two", ["2", "II"]))
+    )
+    ids, labels = answered_conversation(tokenizer, first + second, 70, "row 1")
+    assert tokenizer.decode(ids) == "<user>two</s>\n<assistant>2</s>\n<assistant>II</s>\n"
+    assert tokenizer.decode([label for label in labels if label != -100]) == "2</s>\nII</s>\n"
+
+
+def test_of_several_answers_that_are_too_long_together_the_last_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    spoken = [*turns("hi", "a" * 80), {"role": "assistant", "content": "yes"}]
+    ids, labels = answered_conversation(tokenizer, spoken, 60, "row 1")
+    assert tokenizer.decode(ids) == "<user>hi</s>\n<assistant>" + "a" * 21 + "</s>\n<assistant>yes</s>\n"
+    assert tokenizer.decode([label for label in labels if label != -100]) == "yes</s>\n"
+    assert len(ids) == 60
+
+
 def test_of_a_long_message_the_end_is_cut(tokenizer: PreTrainedTokenizerFast) -> None:
     ids, labels = answered_conversation(tokenizer, turns("q" * 100, "yes"), 50, "row 1")
     assert len(ids) == 50
@@ -116,8 +154,9 @@ def test_what_are_no_messages_is_refused(value: Any, message: str) -> None:
 
 
 def test_conversations_without_an_answer_or_a_question_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(UserError, match="row 1: the assistant says nothing in this conversation"):
-        answered_conversation(tokenizer, turns("hi"), 100, "row 1")
+    for unanswered in (turns("hi"), [{"role": "assistant", "content": "hey"}]):
+        with pytest.raises(UserError, match="row 1: nothing is answered in this conversation"):
+            answered_conversation(tokenizer, unanswered, 100, "row 1")
     with pytest.raises(UserError, match="row 1: an answer of the assistant is blank"):
         answered_conversation(tokenizer, turns("hi", " "), 100, "row 1")
     for nothing in ([{"role": "assistant", "content": "hey"}], [{"role": "system", "content": "s"}]):

@@ -264,6 +264,16 @@ def test_prediction_reads_no_answer(tiny_tokenizer: Any) -> None:
         assert len(task.decode(np.zeros((len(encoded), 60, 2)), encoded)) == len(data)
 
 
+@pytest.mark.parametrize("split", ["train", "validation", "test", "predict"])
+def test_rows_need_no_id(tiny_tokenizer: Any, split: str) -> None:
+    task = make_task("squad")
+    task.fit(ANSWERED)
+    assert len(task.encode(ANSWERED, tiny_tokenizer, 60, split=split)) == 2
+    assert (task.columns()[0], task.input_columns()) == ("id", ["question", "context"])
+    with pytest.raises(UserError, match="no column 'answers'"):
+        task.fit(ANSWERED.remove_columns("answers"))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

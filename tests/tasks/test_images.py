@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from PIL import Image
 
 from turnrow.errors import UserError
 from turnrow.tasks import need_pillow, plain_columns, read_table
-from turnrow.tasks.images import FILES, image_files, open_image
+from turnrow.tasks.images import FILES, has_image, image_files, open_image
 
 from .pictures import picture, png, write_png
 
@@ -46,6 +47,17 @@ def test_images_of_other_modes_become_rgb(mode: str) -> None:
         data = Dataset.from_list([{"image": held.getvalue()}])
     (pixel,) = opened(data)
     assert len(pixel) == 3
+
+
+@pytest.mark.parametrize(("mode", "form"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I;16B", "TIFF")])
+def test_sixteen_bits_of_grey_become_eight(mode: str, form: str) -> None:
+    held = io.BytesIO()
+    image = Image.new(mode, (4, 3))
+    for place, value in enumerate([0, 300, 30000, 65535]):
+        image.putpixel((place, 0), value)
+    image.save(held, form)
+    read = open_image({"bytes": held.getvalue(), "path": None})
+    assert [read.getpixel((place, 0)) for place in range(4)] == [(0,) * 3, (1,) * 3, (117,) * 3, (255,) * 3]
 
 
 def test_a_photograph_is_turned_as_its_camera_was() -> None:
@@ -114,8 +126,30 @@ def test_a_damaged_file_is_named_when_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "cut.png"
     path.write_bytes(png("red", size=(300, 300))[:-60])
     files = image_files(Dataset.from_list([{"image": str(path)}]), "image", "test", None)
-    with pytest.raises(UserError, match=r"the image '.*cut.png' cannot be read: "):
+    with pytest.raises(UserError, match=r"^split 'test', row 1: the image '.*cut.png' cannot be read: "):
         open_image(files[FILES][0])
+
+
+@pytest.mark.parametrize("chosen", [[2, 0, 1], [1, 2]])
+def test_a_damaged_file_is_named_with_its_row_among_those_that_were_chosen(chosen: list[int]) -> None:
+    images = [png("blue"), png("red", size=(300, 300))[:-60], png("green")]
+    data = Dataset.from_list([{"image": {"bytes": held, "path": None}} for held in images])
+    files = image_files(data.select(chosen), "image", "train", None)
+    assert [cell["bytes"] for cell in files[FILES]] == [images[number] for number in chosen]
+    row = chosen.index(1)
+    with pytest.raises(UserError, match=rf"^split 'train', row {row + 1}: the image of [\d,]+ bytes cannot be read: "):
+        open_image(files[FILES][row])
+
+
+def test_no_byte_of_an_image_is_copied() -> None:
+    import pyarrow
+
+    held = [png("red") + bytes(1_000_000), png("blue")]
+    data = Dataset.from_list([{"image": cell} for cell in held])
+    before = pyarrow.total_allocated_bytes()
+    files = image_files(data, "image", "test", None)
+    assert pyarrow.total_allocated_bytes() - before < 100_000
+    assert [cell["bytes"] for cell in files[FILES]] == held
 
 
 def test_a_column_of_something_else_is_refused() -> None:
@@ -128,7 +162,7 @@ def test_a_missing_image_may_be_allowed(tmp_path: Path) -> None:
         files = image_files(
             Dataset.from_list([{"image": cell} for cell in cells]), "image", "test", None, optional=True
         )
-        assert files[FILES][0] is None
+        assert [has_image(cell) for cell in files[FILES]] == [False, True]
         assert open_image(files[FILES][1]).size == (12, 9)
 
 

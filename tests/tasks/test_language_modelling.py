@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from turnrow.errors import UserError
 from turnrow.tasks import make_task
-from turnrow.tasks.likelihood import token_losses
+from turnrow.tasks.likelihood import answer_losses, token_losses
 
 TEXTS = Dataset.from_dict({"text": ["abcde", "ö", "", "xyz"]})
 
@@ -46,6 +46,19 @@ def test_losses_are_those_of_the_model(closing_tokenizer: PreTrainedTokenizerFas
     assert losses[:, 0].eq(0).all()
     assert losses[1, 4:].eq(0).all()
     torch.testing.assert_close(losses.sum() / (labels[:, 1:] != -100).sum(), output.loss)
+
+
+@pytest.mark.parametrize("virtual", [0, 1, 3])
+def test_outputs_of_virtual_tokens_before_the_text_foresee_nothing(virtual: int) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
+    labels[0, :2] = -100
+    expected = torch.zeros(2, 5)
+    for row, place in [(0, 2), (0, 3), (0, 4), (1, 1), (1, 2), (1, 3), (1, 4)]:
+        expected[row, place] = -logits[row, place - 1].log_softmax(dim=0)[labels[row, place]]
+    given = torch.cat([torch.randn(2, virtual, 7), logits], dim=1)
+    torch.testing.assert_close(token_losses(given, labels), expected)
+    torch.testing.assert_close(answer_losses((given, torch.empty(0)), labels), expected.sum(dim=1))
 
 
 def test_perplexity_is_over_tokens_and_bits_are_over_bytes(closing_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -36,6 +36,12 @@ def test_what_is_no_template_is_refused(text: str, message: str) -> None:
         Template(text, "prompt")
 
 
+@pytest.mark.parametrize("text", [5, ["{a}"], None])
+def test_what_is_no_text_is_refused(text: object) -> None:
+    with pytest.raises(UserError, match="option 'target' must be a text with names in braces, got "):
+        Template(text, "target")
+
+
 @pytest.mark.parametrize("texts", [[], None, 3, ["{a}", 3]])
 def test_one_text_or_several_are_wanted(texts: object) -> None:
     with pytest.raises(UserError, match="option 'prompt' must be a template such as '{question}', or a list of them"):

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
 
 from turnrow.errors import UserError
-from turnrow.tasks import ready_to_pad, resolve_max_length
+from turnrow.tasks import make_task, ready_to_pad, resolve_max_length
 from turnrow.tasks.tokens import DEFAULT_MAX_LENGTH, tokenize
 
 
@@ -80,3 +83,34 @@ def test_token_types_come_along_where_the_tokenizer_makes_them(tiny_tokenizer: A
     tiny_tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     encoded = tokenize(tiny_tokenizer, ["a dog"], ["a cat"], 64)
     assert encoded["token_type_ids"] == [[0, 0, 0, 0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("language_modelling", {}),
+        ("instruction", {"prompt": "Say: {asked}", "target": "{text}"}),
+        ("instruction", {"prompt": "Say: {asked}", "target": "{text}", "architecture": "encoder-decoder"}),
+        ("instruction", {"prompt": "Say: {asked}", "target": "{text}", "chat": True}),
+        ("instruction", {"messages": "messages"}),
+    ],
+)
+def test_texts_that_are_cut_are_no_reason_to_warn(
+    closing_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, kind: str, options: dict[str, Any]
+) -> None:
+    closing_tokenizer.model_max_length = 40
+    closing_tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    long = "a" * 200
+    messages = [{"role": "user", "content": long}, {"role": "assistant", "content": long}]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        rows = make_task(kind, **options).encode(
+            Dataset.from_list([{"text": long, "asked": long, "messages": messages}]), closing_tokenizer, split="train"
+        )
+        assert max(map(len, rows["input_ids"])) == 40
+        assert not caplog.messages
+        closing_tokenizer(long)
+        assert "longer than the specified maximum" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)

@@ -103,6 +103,20 @@ def test_a_conversation_may_have_no_image() -> None:
     assert learned(processor, ids, labels) == [" Ho</s>"]
 
 
+@pytest.mark.parametrize("template", [TEMPLATE, CLOSING_TEMPLATE])
+def test_what_the_assistant_opens_with_is_read_and_not_learned(template: str) -> None:
+    processor, image = llava_processor(template), picture()
+    opened = read([{"from": "gpt", "value": "Hello."}, *TALK[:2]])
+    ids, labels = VisualPrompter(processor).answered(opened, image, 500, "row 1")
+    assert [run.strip() for run in learned(processor, ids, labels)] == [
+        "a red wall" + ("</s>" if template == TEMPLATE else "</turn>")
+    ]
+    asked = VisualPrompter(processor).asked(opened, image, 500, "row 1")
+    assert ids[: len(asked)] == asked
+    text = processor.apply_chat_template(opened[:-1], tokenize=False, add_generation_prompt=True)
+    assert asked == processor(text=[text], images=[image])["input_ids"][0]
+
+
 def test_what_follows_the_last_answer_is_left_out() -> None:
     processor = llava_processor()
     ids, _ = VisualPrompter(processor).answered(read(TALK[:3]), picture(), 500, "row 1")
@@ -158,6 +172,7 @@ def test_a_question_too_long_is_refused() -> None:
         ([{"from": "human", "value": "<image><image>"}], True, "has an image, and there are 2"),
         ([ASKED], False, "no <image> must stand in the conversation, since the row has none, and there are 1"),
         ([{"from": "robot", "value": "Hi"}], False, r"row 1, turn 1: a turn has 'from' \(human, user, gpt, assistant, system\) and a text 'value'"),
+        ([{"from": ["human"], "value": "Hi"}], False, "row 1, turn 1"),
         ([{"from": "human", "value": None}], False, "row 1, turn 1"),
         ([ASKED, "Hi"], True, "row 1, turn 2"),
         ([], False, "column 'conversations' must hold a list of turns"),
@@ -172,12 +187,21 @@ def test_wrong_conversations_are_refused(turns: Any, has_image: bool, message: s
 
 def test_a_conversation_without_a_question_or_an_answer_is_refused() -> None:
     prompter = VisualPrompter(llava_processor())
-    with pytest.raises(
-        UserError, match="row 1: nothing is answered in this conversation, so there is nothing to learn"
-    ):
-        prompter.answered(read([ASKED]), picture(), 500, "row 1")
+    for turns in ([ASKED], [{"from": "gpt", "value": "<image> Hi"}, {"from": "human", "value": "Ho"}]):
+        with pytest.raises(
+            UserError, match="row 1: nothing is answered in this conversation, so there is nothing to learn"
+        ):
+            prompter.answered(read(turns), picture(), 500, "row 1")
     with pytest.raises(UserError, match="row 1: the conversation holds no question to be answered"):
         prompter.asked(read([{"from": "gpt", "value": "Hi"}], False), None, 500, "row 1")
+
+
+@pytest.mark.parametrize("blank", ["", " \n", "<image>"])
+def test_a_blank_answer_is_refused(blank: str) -> None:
+    asked = ASKED if "<image>" not in blank else {"from": "human", "value": "What is it?"}
+    turns = read([asked, {"from": "gpt", "value": blank}, *TALK[2:]])
+    with pytest.raises(UserError, match="row 1: an answer of the assistant is blank, so there is nothing to learn"):
+        VisualPrompter(llava_processor()).answered(turns, picture(), 500, "row 1")
 
 
 def test_templates_that_do_not_do_are_refused() -> None:

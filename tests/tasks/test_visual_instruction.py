@@ -109,13 +109,19 @@ def test_by_default_only_predictions_are_written() -> None:
 
 
 def test_a_conversation_without_an_answer_cannot_be_scored() -> None:
-    data = Dataset.from_list([{"image": png(), "conversations": talk("What?", "x")[:1]}])
-    with pytest.raises(
-        UserError, match="split 'test', row 1: the conversation ends with a question, so there is no answer to score"
-    ):
-        fitted(answers=True).encode(data, llava_processor(), 400, split="test")
+    unanswered, blank = (
+        Dataset.from_list([{"image": png(), "conversations": turns}])
+        for turns in (talk("What?", "x")[:1], talk("What?", " "))
+    )
+    for data in (unanswered, blank):
+        with pytest.raises(
+            UserError, match="split 'test', row 1: the conversation ends with a question or with a blank answer"
+        ):
+            fitted(answers=True).encode(data, llava_processor(), 400, split="test")
     with pytest.raises(UserError, match="split 'test', row 1: nothing is answered in this conversation"):
-        fitted().encode(data, llava_processor(), 400, split="test")
+        fitted().encode(unanswered, llava_processor(), 400, split="test")
+    with pytest.raises(UserError, match="split 'test', row 1: an answer of the assistant is blank"):
+        fitted().encode(blank, llava_processor(), 400, split="test")
 
 
 def test_an_answer_must_leave_room_for_its_question() -> None:

@@ -114,7 +114,7 @@ class ClassTask(Task):
     def _label_values(self, data: Dataset, split: str) -> list[Label]:
         values = value_column(data, self.label, split)
         for row, value in enumerate(values, start=1):
-            if not isinstance(value, Label) or value == "":
+            if not isinstance(value, Label) or not str(value).strip():
                 raise UserError(
                     f"{describe_split(data, split)}, row {row}: a label must be an integer, a text or a boolean, got "
                     f"{value!r} ({type(value).__name__}) in column {self.label!r}; numbers with fractions are the "

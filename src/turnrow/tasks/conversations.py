@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from turnrow.errors import UserError
@@ -12,7 +12,15 @@ from turnrow.tasks.templates import greatest_fitting, shortened
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Turns", "answered_conversation", "asked_conversation", "read_turns", "write_turns"]
+__all__ = [
+    "Turns",
+    "answer_places",
+    "answered_conversation",
+    "asked_conversation",
+    "read_turns",
+    "up_to_last_answer",
+    "write_turns",
+]
 
 Turns = list[dict[str, str]]
 """Messages with `role` and `content`."""
@@ -35,6 +43,35 @@ def read_turns(value: Any, column: str, place: str) -> Turns:
             )
         turns.append({"role": role, "content": content})
     return turns
+
+
+def answer_places(turns: Sequence[dict[str, Any]]) -> list[int]:
+    """Return where the assistant answers: all that it says, but for what it opens the conversation with, which is context."""
+    first = next((number for number, turn in enumerate(turns) if turn["role"] != "assistant"), len(turns))
+    return [number for number, turn in enumerate(turns) if number > first and turn["role"] == "assistant"]
+
+
+def up_to_last_answer(
+    turns: list[dict[str, Any]], said: Callable[[dict[str, Any]], str], place: str
+) -> list[dict[str, Any]]:
+    """Return a conversation that is to be learned, without what follows its last answer.
+
+    Args:
+        turns: messages with `role` and `content`.
+        said: the text of a message.
+        place: of the row, for errors.
+
+    Raises:
+        UserError: the assistant answers nothing, or a blank.
+    """
+    answers = answer_places(turns)
+    if not answers:
+        raise UserError(f"{place}: nothing is answered in this conversation, so there is nothing to learn; remove it")
+    if any(not said(turns[number]).strip() for number in answers):
+        raise UserError(
+            f"{place}: an answer of the assistant is blank, so there is nothing to learn from it; remove the row"
+        )
+    return turns[: answers[-1] + 1]
 
 
 def asked_conversation(tokenizer: PreTrainedTokenizerBase, turns: Turns, limit: int, place: str) -> list[int]:
@@ -63,30 +100,22 @@ def answered_conversation(
     """Return the tokens of a conversation, and labels that are `IGNORED` but for what the assistant says.
 
     The tokens of an answer are made apart from those before it, so that a model is trained on exactly what it later goes on
-    with. What follows the last answer is left out. The rest is as in `asked_conversation`; the last answer is cut at its end
-    where it would leave its question less than half of `limit`.
+    with. What it opens a conversation with answers nothing and is not learned; what follows the last answer is left out. The rest is as
+    in `asked_conversation`; the last answer is cut at its end where it would leave what stands before it less than half of `limit`, and
+    it alone is learned where several to one question are too long together.
 
     Raises:
-        UserError: the assistant says nothing, or a blank; or as in `asked_conversation`.
+        UserError: the assistant answers nothing, or a blank; or as in `asked_conversation`.
     """
-    while turns and turns[-1]["role"] != "assistant":
-        turns = turns[:-1]
-    if not turns:
-        raise UserError(
-            f"{place}: the assistant says nothing in this conversation, so there is nothing to learn; remove it"
-        )
-    if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in turns):
-        raise UserError(
-            f"{place}: an answer of the assistant is blank, so there is nothing to learn from it; remove the row"
-        )
+    turns = up_to_last_answer(turns, lambda turn: str(turn["content"]), place)
     while True:
         pieces = _pieces(tokenizer, turns, place)
         if sum(len(ids) for ids, _ in pieces) <= limit:
             break
         shorter = _without_oldest(turns)
         if shorter is None:
-            (asked, _), (answer, _) = pieces
-            answer = answer[: limit - min(len(asked), limit // 2)]
+            *before, (answer, _) = pieces
+            answer = answer[: limit - min(sum(len(ids) for ids, _ in before), limit // 2)]
             pieces = [(_shortened(tokenizer, turns[:-1], limit - len(answer), place), False), (answer, True)]
             break
         turns = shorter
@@ -99,9 +128,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, turns: Turns, place: str) -> lis
     """The tokens between answers, and those of answers, in turn; with whether they are an answer."""
     pieces = []
     written = ""
-    for number, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
+    for number in answer_places(turns):
         asked = _written(tokenizer, turns[:number], place, asks=True)
         whole = _written(tokenizer, turns[: number + 1], place, asks=False)
         if not asked.startswith(written) or not whole.startswith(asked):
@@ -138,12 +165,12 @@ def _shortened(tokenizer: PreTrainedTokenizerBase, turns: Turns, limit: int, pla
 
 
 def _without_oldest(turns: Turns) -> Turns | None:
-    """Without the oldest exchange behind the system message; None if there is but one."""
+    """Without the oldest exchange behind the system message; None if there is but one. Answers stay with their question."""
     start = 0
     while start < len(turns) and turns[start]["role"] == "system":
         start += 1
     for number in range(start, len(turns) - 1):
-        if turns[number]["role"] == "assistant":
+        if turns[number]["role"] == "assistant" != turns[number + 1]["role"]:
             return turns[:start] + turns[number + 1 :]
     return None
 
@@ -175,4 +202,4 @@ def _written(tokenizer: PreTrainedTokenizerBase, turns: Turns, place: str, *, as
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -16,11 +16,11 @@ A number is written in the digits 0 to 9:
 
 - commas group digits and are dropped: ``1,000``, ``12,34,567``; a comma is never a decimal point;
 - a point begins decimals: ``0.5``, ``.5``; one that ends a sentence does not;
-- ``3/4`` and ``¾`` are fractions, ``1 1/2``, ``1-1/2`` and ``1½`` mixed numbers where the fraction is less than one; a fraction by zero is no
-  number;
+- ``3/4``, ``1,000/4`` and ``¾`` are fractions, ``1 1/2``, ``1-1/2`` and ``1½`` mixed numbers where the fraction is less than one; a fraction by
+  zero is no number;
 - ``6e4``, ``6 x 10^4`` and ``6×10^4`` are powers of ten, between 10^-300 and 10^300;
-- a minus that touches its number, or the number's currency sign, is a sign (``-5``, ``−5``, ``-$5``, ``$-5``), unless what stands before it is
-  a word, a number or a closing bracket (``7-5``, ``7 -5``, ``COVID-19``);
+- a minus that touches its number, or the number's currency sign, is a sign (``-5``, ``−5``, ``-½``, ``-$5``, ``$-5``), unless what stands
+  before it is a word, a number or a closing bracket (``7-5``, ``7 -5``, ``COVID-19``);
 - currency signs, percent signs and units are dropped: ``$5``, ``5 €``, ``25%`` is 25, ``5kg`` is 5;
 - digits within a word or an exponent are no number: ``CO2``, ``m^2``.
 """
@@ -49,7 +49,8 @@ __all__ = [
 _LONGEST = 300
 
 _VULGAR = re.compile("[¼½¾⅐-⅞]")
-_PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![A-Za-z])\.[0-9]+"
+_WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}(?![0-9])|[0-9]+)"
+_PLAIN = rf"{_WHOLE}(?:\.[0-9]+)?|(?<![A-Za-z])\.[0-9]+"
 _NUMBER = re.compile(
     rf"""
     (?<![\w^])(?<![0-9]\.)                               # not within a word, a number or an exponent
@@ -57,7 +58,7 @@ _NUMBER = re.compile(
     (?P<currency>[$£€¥₹]\s?)?
     (?P<inner>(?<=[$£€¥₹])-)?
     (?:
-        (?:(?P<whole>[0-9]+)[ -])?(?P<over>[0-9]+)\s?/\s?(?P<under>[0-9]+)(?![0-9]|\.[0-9])
+        (?:(?P<whole>{_WHOLE})[ -])?(?P<over>{_WHOLE})\s?/\s?(?P<under>{_WHOLE})(?![0-9]|\.[0-9])
       | (?P<plain>{_PLAIN})
         (?:[eE](?P<e>[+-]?[0-9]+)|\s?[x×*]\s?10\s?\^\s?\{{?(?P<power>[+-]?[0-9]+)\}}?)?
     )
@@ -69,7 +70,7 @@ _NUMBER = re.compile(
 def numbers(text: str) -> list[Fraction]:
     """Return the numbers in a text, in their order, by the rules of this module."""
     text = text.replace("−", "-")
-    text = _VULGAR.sub(lambda found: " " + unicodedata.normalize("NFKC", found[0]).replace("⁄", "/"), text)
+    text = _VULGAR.sub(_spelled, text)
     found = (_value(match) for match in _NUMBER.finditer(text))
     return [value for values in found for value in values]
 
@@ -136,6 +137,12 @@ def written(value: Fraction) -> str:
     return ("-" if value < 0 else "") + whole + ("." + decimals if decimals else "")
 
 
+def _spelled(vulgar: re.Match[str]) -> str:
+    """``½`` as ``1/2``, with a blank between it and a whole number, but none between it and its sign."""
+    signed = vulgar.string.endswith("-", 0, vulgar.start())
+    return ("" if signed else " ") + unicodedata.normalize("NFKC", vulgar[0]).replace("⁄", "/")
+
+
 def _value(match: re.Match[str]) -> list[Fraction]:
     """The number of a match; two where a whole number stands before a fraction that is no part of it; none if it is none."""
     if len(match[0]) > _LONGEST:
@@ -146,10 +153,14 @@ def _value(match: re.Match[str]) -> list[Fraction]:
         if abs(exponent) > _LONGEST:
             return []
         return [sign * Fraction(match["plain"].replace(",", "")) * Fraction(10) ** exponent]
-    over, under = int(match["over"]), int(match["under"])
-    whole = [] if match["whole"] is None else [Fraction(int(match["whole"]))]
+    over, under = _grouped(match["over"]), _grouped(match["under"])
+    whole = [] if match["whole"] is None else [Fraction(_grouped(match["whole"]))]
     if under == 0:
         return [sign * value for value in whole]
     if whole and over < under:
         return [sign * (whole[0] + Fraction(over, under))]
     return [sign * value for value in [*whole, Fraction(over, under)]]
+
+
+def _grouped(digits: str) -> int:
+    return int(digits.replace(",", ""))

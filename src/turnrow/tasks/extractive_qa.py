@@ -71,7 +71,7 @@ class ExtractiveQATask(Task):
     answers: str = "answers"
     """The column of the right answers."""
     id: str | None = None
-    """A column that is kept beside the predictions."""
+    """A column that is kept beside the predictions, where the data have it."""
     doc_stride: int = 128
     """Tokens that neighbouring windows of a long context have in common; never more than half a window. (The step between windows, as
     transformers counts it with `stride`, is what a window holds of the context less this.)"""
@@ -114,16 +114,16 @@ class ExtractiveQATask(Task):
         return self.no_answer_threshold == _OF_VALIDATION
 
     def columns(self) -> list[str]:
-        """Return the columns of the question, its context and the answers."""
-        return [*self.input_columns(), self.answers]
+        """Return the columns of the question, its context and the answers, behind that of `id`, which data may lack."""
+        return [*([] if self.id is None else [self.id]), *self.input_columns(), self.answers]
 
     def input_columns(self) -> list[str]:
         """The question and its context."""
-        return [*([] if self.id is None else [self.id]), self.question, self.context]
+        return [self.question, self.context]
 
     def fit(self, train: Dataset) -> None:
         """Look whether there are questions without an answer."""
-        require_columns(train, self.columns(), "train")
+        require_columns(train, [*self.input_columns(), self.answers], "train")
         missing = [not answers for answers in self._gold(train, "train")]
         if all(missing):
             raise UserError(
@@ -150,7 +150,7 @@ class ExtractiveQATask(Task):
         of the window's tokens in the context, `null_position`, and, the first row of an example, its `context` and `gold`.
         """
         labelled, decoded = split != "predict", split != "train"
-        require_columns(data, self.columns() if labelled else self.input_columns(), split)
+        require_columns(data, [*self.input_columns(), *([self.answers] if labelled else [])], split)
         for column in (self.question, self.context):
             text_column(data, column, split)
         golds = self._gold(data, split) if labelled else []

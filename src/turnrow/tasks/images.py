@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from turnrow.errors import UserError
 from turnrow.tasks.columns import describe_split
@@ -28,7 +31,9 @@ def need_pillow() -> None:
 
 
 def image_files(data: Dataset, column: str, split: str, folder: str | None, *, optional: bool = False) -> Dataset:
-    """Return `FILES` alone, each image as ``{"path": ..., "bytes": ...}``, not decoded, after a look at its header.
+    """Return `FILES` alone, each image as ``{"path": ..., "bytes": ..., "place": ...}``, not decoded, after a look at its header.
+
+    The place in the data is for the error of a file that turns out to be damaged when a batch is read.
 
     Args:
         data: the split. A cell holds a path, the bytes of a file, both in the form of the hub, or an image of Pillow.
@@ -60,8 +65,9 @@ def image_files(data: Dataset, column: str, split: str, folder: str | None, *, o
                 f"{describe_split(data, split)}: column {column!r} must hold images (paths, bytes, or images of Pillow), and "
                 f"holds {held.features[column]}"
             ) from None
-    for row, cells in enumerate(held, start=1):
-        cell, place = cells[column], f"{describe_split(data, split)}, row {row}"
+    places = [f"{describe_split(data, split)}, row {row}" for row in range(1, len(held) + 1)]
+    for cells, place in zip(held, places, strict=True):
+        cell = cells[column]
         if not has_image(cell):
             if not optional:
                 raise UserError(f"{place}: column {column!r} has no image (missing or null)")
@@ -70,11 +76,26 @@ def image_files(data: Dataset, column: str, split: str, folder: str | None, *, o
             _opened(cell).close()
         except OSError as error:
             raise UserError(f"{place}: the image {_name(cell)} cannot be read: {_reason(error)}") from error
-    return held if column == FILES else held.rename_column(column, FILES)
+    return _with_places(held, column, places)
+
+
+def _with_places(held: Dataset, column: str, places: list[str]) -> Dataset:
+    """The files with their places, without a copy of their bytes."""
+    import pyarrow
+    import pyarrow.compute
+    from datasets import Dataset as Table
+
+    named = held if column == FILES else held.rename_column(column, FILES)
+    # Beside each other first, so that rows which were chosen or shuffled stand as they are read.
+    table = named.add_column("place", places).data
+    fields = [pyarrow.compute.struct_field(table.column(FILES), name) for name in ("bytes", "path")]
+    cells = pyarrow.compute.make_struct(*fields, table.column("place"), field_names=["bytes", "path", "place"])
+    # With a name of its own, or `datasets` would hash every byte for one.
+    return Table(pyarrow.table({FILES: cells}), fingerprint=uuid.uuid4().hex)
 
 
 def has_image(cell: Mapping[str, Any] | None) -> bool:
-    """Whether a cell of `image_files` is not empty."""
+    """Whether a cell of `image_files`, or one of theirs before it has a place, is not empty."""
     return cell is not None and (cell["bytes"] is not None or bool(cell["path"]))
 
 
@@ -82,17 +103,20 @@ def open_image(cell: Mapping[str, Any]) -> Image:
     """Read an image of `image_files`, upright and in RGB.
 
     Raises:
-        UserError: its file is damaged or has gone.
+        UserError: its file is damaged or has gone; with its row.
     """
-    from PIL import ImageOps
+    from PIL import Image, ImageOps
 
     try:
         with _opened(cell) as image:
             # What a camera noted of its own position; and Pillow warns of palettes whose colours are partly transparent.
             upright = ImageOps.exif_transpose(image)
+            # Of 16 bits Pillow would make white whatever exceeds 255. Older versions open PNG files of such as "I".
+            if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             return (upright.convert("RGBA") if "transparency" in upright.info else upright).convert("RGB")
     except OSError as error:
-        raise UserError(f"the image {_name(cell)} cannot be read: {_reason(error)}") from error
+        raise UserError(f"{cell['place']}: the image {_name(cell)} cannot be read: {_reason(error)}") from error
 
 
 def _opened(cell: Mapping[str, Any]) -> Image:

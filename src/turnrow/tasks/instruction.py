@@ -34,7 +34,7 @@ class InstructionTask(GenerationTask):
 
     Rows are of one of two forms. `prompt` and `target` name columns, as those of Alpaca, `instruction`, `input` and `output`. Or
     `messages` names a column with a list of messages, each with `role` and `content`, in the form of UltraFeedback's `chosen`,
-    with as many turns as it likes: they are written by the tokenizer's chat template, and all that the assistant says is learned.
+    with as many turns as it likes: they are written by the tokenizer's chat template, and all that the assistant answers is learned.
 
     What is scored is the likelihood of the answers in the data: metrics, less is better, are `perplexity`, the exponential of `loss`,
     the mean over the tokens of the answers of -log p in nats. That says how well the answers are foreseen, not how good those

@@ -154,5 +154,5 @@ def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, batch: int = 1
     """Of each text; closed by the end-of-sequence token alone, whatever else the tokenizer would put around it."""
     end = tokenizer.eos_token_id
     for start in range(0, len(texts), batch):
-        for ids in tokenizer(texts[start : start + batch], add_special_tokens=False)["input_ids"]:
+        for ids in tokenizer(texts[start : start + batch], add_special_tokens=False, verbose=False)["input_ids"]:
             yield list(ids) + ([] if end is None else [end])

@@ -96,7 +96,7 @@ class Prompter:
     def _prompt_ids(self, text: str) -> list[int]:
         if self.chat:
             return self._plain_ids(self._conversation(text))
-        ids = list(self.tokenizer(text)["input_ids"])
+        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         return left_open(self.tokenizer, ids) if self.decoder else ids
 
     def answer(self, row: Mapping[str, str], answer: str) -> list[int]:
@@ -112,12 +112,12 @@ class Prompter:
                 )
             return self._plain_ids(whole.removeprefix(asked))
         if not self.decoder:
-            return list(self.tokenizer(text_target=answer)["input_ids"])
+            return list(self.tokenizer(text_target=answer, verbose=False)["input_ids"])
         end = self.tokenizer.eos_token_id
         return self._plain_ids(answer) + ([] if end is None else [end])
 
     def _plain_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _conversation(self, question: str, answer: str | None = None) -> str:
         turns: list[dict[str, Any]] = [] if self.system is None else [{"role": "system", "content": self.system}]

@@ -15,10 +15,12 @@ class Template:
     """A text with columns in braces, such as ``"Question: {question}\\nAnswer:"``; ``{{`` and ``}}`` stand for braces.
 
     Raises:
-        UserError: a brace without its partner, a field that is no plain name, or no field at all.
+        UserError: no text, a brace without its partner, a field that is no plain name, or no field at all.
     """
 
-    def __init__(self, text: str, option: str) -> None:
+    def __init__(self, text: object, option: str) -> None:
+        if not isinstance(text, str):
+            raise UserError(f"option {option!r} must be a text with names in braces, got {text!r}")
         try:
             pieces = list(string.Formatter().parse(text))
         except ValueError as error:

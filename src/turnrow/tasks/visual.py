@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from turnrow.errors import UserError
-from turnrow.tasks.conversations import write_turns
+from turnrow.tasks.conversations import answer_places, up_to_last_answer, write_turns
 from turnrow.tasks.padding import IGNORED
 from turnrow.tasks.tokens import tokenizer_of
 
@@ -40,7 +40,7 @@ def read_conversation(value: object, has_image: bool, column: str, place: str) -
     turns: Turns = []
     for number, turn in enumerate(value, start=1):
         speaker, said = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        if speaker not in _ROLES or not isinstance(said, str):
+        if not isinstance(speaker, str) or speaker not in _ROLES or not isinstance(said, str):
             raise UserError(
                 f"{place}, turn {number}: a turn has 'from' ({', '.join(_ROLES)}) and a text 'value', got {turn!r}"
             )
@@ -58,7 +58,7 @@ def last_answer(turns: Turns) -> str | None:
     """What the assistant says at the end; None if the end is a question."""
     if not turns or turns[-1]["role"] != "assistant":
         return None
-    return " ".join(part["text"] for part in turns[-1]["content"] if part["type"] == "text").strip()
+    return _said(turns[-1]).strip()
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,14 @@ class VisualPrompter:
     def answered(self, turns: Turns, image: Image | None, limit: int, place: str) -> tuple[list[int], list[int]]:
         """Return the tokens of a conversation, and labels that are `IGNORED` but for what the assistant says.
 
-        An answer that the template closes with no special token is closed with the end-of-sequence token. What follows
-        the last answer is left out, and so is, at the end, what is more than `limit` tokens.
+        An answer that the template closes with no special token is closed with the end-of-sequence token. What the assistant opens a
+        conversation with answers nothing and is not learned. What follows the last answer is left out, and so is, at the
+        end, what is more than `limit` tokens.
 
         Raises:
-            UserError: the assistant says nothing; or within `limit` tokens there is no room for the image or for an answer.
+            UserError: the assistant answers nothing, or a blank; or within `limit` tokens there is no room for the image or for an answer.
         """
-        while turns and turns[-1]["role"] != "assistant":
-            turns = turns[:-1]
-        if not turns:
-            raise UserError(
-                f"{place}: nothing is answered in this conversation, so there is nothing to learn; remove it"
-            )
+        turns = up_to_last_answer(turns, _said, place)
         text = self._written(turns, place, asks=False).rstrip()
         ids, learned = self._tokens(text, self._answers(turns, text, place), image, place)
         labels = [token if wanted else IGNORED for token, wanted in zip(ids, learned, strict=True)]
@@ -135,9 +131,7 @@ class VisualPrompter:
     def _answers(self, turns: Turns, text: str, place: str) -> list[tuple[int, int]]:
         """Where in `text` the answers begin and end."""
         found = []
-        for number, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
+        for number in answer_places(turns):
             asked = self._written(turns[:number], place, asks=True)
             whole = self._written(turns[: number + 1], place, asks=False).rstrip()
             if not whole.startswith(asked) or not text.startswith(whole):
@@ -179,11 +173,15 @@ class VisualPrompter:
 
     def _of_image(self, image: Image | None) -> list[int]:
         """The tokens that stand for the image in the model's input."""
-        made = self.processor(text=[self._image_text], images=[image], add_special_tokens=False)
+        made = self.processor(text=[self._image_text], images=[image], add_special_tokens=False, verbose=False)
         return list(made["input_ids"][0])
 
     def _written(self, turns: Turns, place: str, *, asks: bool) -> str:
         return write_turns(self.processor, "the processor", turns, place, asks=asks)
+
+
+def _said(turn: dict[str, Any]) -> str:
+    return " ".join(part["text"] for part in turn["content"] if part["type"] == "text")
 
 
 def _parts(said: str) -> list[dict[str, str]]:

@@ -29,7 +29,7 @@ __all__ = ["VisualInstructionTask"]
 
 @dataclass(kw_only=True)
 class VisualInstructionTask(Task):
-    """Conversations about an image in the form of LLaVA (Liu et al. 2023); only what the assistant says is learned.
+    """Conversations about an image in the form of LLaVA (Liu et al. 2023); only what the assistant answers is learned.
 
     `conversations` holds turns ``{"from": "human", "value": "<image>\\nWhat is it?"}``, ``{"from": "gpt", "value": ...}``; a row without an
     image has no ``<image>``. They are written by the chat template of the model's processor. Too long ones are cut at their end.
@@ -189,8 +189,8 @@ class VisualInstructionTask(Task):
         return tell_answers(predictions, encoded)
 
     def _gold(self, answer: str | None, split: str, place: str) -> str:
-        if answer is None and split != "predict":
+        if not answer and split != "predict":
             raise UserError(
-                f"{place}: the conversation ends with a question, so there is no answer to score against; remove it"
+                f"{place}: the conversation ends with a question or with a blank answer, so there is none to score against; remove it"
             )
         return answer or ""
