@@ -572,7 +572,7 @@ def test_experts_that_cannot_be_adapted_are_named():
         ({"indices": [[0], [1]], "target_modules": []}, r"experts.gate_up_proj' are 2 lists of 1 numbers; 4 lists of one length"),
         ({"indices": [[0], [1], [2], [3, 4]], "target_modules": []}, r"are 4 lists of 1 and 2 numbers; 4 lists of one length are needed"),
         ({"indices": [[0], [1], [2], [99]], "target_modules": []}, r"gate_up_proj, expert 3' contain 99, which is out of range: it has 48 rows"),
-        ({"indices": {"experts.up": [1]}}, r"indices name modules that are not among the target modules: 'experts.up'"),
+        ({"indices": {"experts.up": [1]}}, r"indices: no target module is called 'experts.up'"),
         ({"bias": "rocoft_only"}, r"the model has no bias there to train"),
     ],
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from turnrow.selection.gathering import Batch, gather
-from turnrow.selection.indices import check_indices, plural
+from turnrow.selection.indices import check_form, check_indices, plural
 from turnrow.selection.result import Chosen, Selection, read_indices
 from turnrow.selection.statistics import GradientSums, InputNorms, real_tokens, weight_gradient
 from turnrow.selection.strategies import (
@@ -26,6 +26,7 @@ __all__ = [
     "Part",
     "Selection",
     "Strategy",
+    "check_form",
     "check_indices",
     "check_strategy",
     "choose",
