@@ -16,8 +16,9 @@ from tests.selection.test_gathering import autograd_sums, linears, norms_of_rows
 from tests.tuners.models import build, identical, output, perturb, snapshot
 from turnrow import RocoftConfig
 from turnrow.errors import UserError
-from turnrow.selection import STRATEGIES, choose_by_score, needs_data
+from turnrow.selection import STRATEGIES, choose_by_score, gather, needs_data
 from turnrow.tuners._dense import dense_linear, dense_weight
+from turnrow.tuners._walk import find_experts
 
 BY_DATA = [s for s in STRATEGIES if needs_data(s)]
 MODES = ["row", "column", "row+column", "entry"]
@@ -323,6 +324,104 @@ def test_memory_does_not_grow_with_the_number_of_batches(strategy):
 
     peak(1)  # whatever is made once
     assert peak(2) == peak(10)
+
+
+# --- fused experts -------------------------------------------------------------------------------------------------------
+
+
+def mixture(architecture: str = "mixtral", implementation: str = "eager", **fields) -> PeftModel:
+    """In float64, but for the kernel of "grouped_mm", which does not know it."""
+    dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
+    model, _ = build(architecture, dtype=dtype)
+    if architecture != "llama4":
+        model.set_experts_implementation(implementation)
+    return get_peft_model(model, config(**fields))
+
+
+def expert_sums(model: PeftModel, batches: list[dict], power: int) -> dict[str, torch.Tensor]:
+    """Sum over batches of |G| ** power of every fused weight, (E, out, in), G its whole `.grad`."""
+    model, sums = model.unload().requires_grad_(True), {}
+    for batch in batches:
+        model.zero_grad()
+        model(**batch).loss.backward()
+        for name, fused in find_experts(model).items():
+            gradient = fused.weight.grad.mT if fused.transposed else fused.weight.grad
+            sums[name] = sums.get(name, 0) + gradient.abs() ** power
+    return sums
+
+
+@pytest.mark.parametrize(("strategy", "power"), [("gradient", 1), ("fisher", 2)])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe", "gpt_oss", "llama4"])
+def test_the_choice_of_every_expert_is_that_of_slow_scores(architecture, mode, strategy, power):
+    batches = padded(architecture)
+    scores = expert_sums(mixture(architecture, mode=mode), batches, power)
+    selection = turnrow.select(mixture(architecture, mode=mode, selection=strategy), batches)
+    of_experts = [chosen for chosen in selection if chosen.module in scores]
+    assert len(of_experts) == len(scores) * (2 if mode == "row+column" else 1)
+    for chosen in of_experts:
+        whole = scores[chosen.module]
+        part = {"row": whole.sum(2), "column": whole.sum(1), "entry": whole.flatten(1)}[chosen.part]
+        assert chosen.shape == tuple(whole.shape[1:])
+        expected = torch.stack([choose_by_score(strategy, own, chosen.index.shape[1]) for own in part])
+        assert torch.equal(chosen.index, expected)
+        assert chosen.share == pytest.approx(float(part.gather(1, expected).sum() / part.sum()))
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_every_implementation_of_the_experts_gives_the_same_scores(implementation):
+    batches = padded("mixtral")
+    expected = gather_experts(mixture(), batches)
+    for name, statistic in gather_experts(mixture(implementation=implementation), batches).items():
+        torch.testing.assert_close(statistic.scores("row"), expected[name].scores("row"), rtol=1e-4, atol=1e-7)
+
+
+def gather_experts(model: PeftModel, batches: list[dict]) -> dict:
+    return gather(model.unload(), find_experts(model.unload()), batches, "gradient")
+
+
+def test_the_choice_for_experts_is_trained_saved_and_given_as_indices(tmp_path):
+    model = mixture(selection="gradient")
+    with pytest.raises(UserError, match="selects what it trains by data, and has seen none"):
+        model(**padded("mixtral")[0])
+    selection = turnrow.select(model, padded("mixtral"))
+    held = {name: layer.rocoft_row_index["default"].tolist() for name, layer in layers(model).items()}
+    assert held == selection.indices()
+    perturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(
+        build("mixtral", dtype=torch.float64)[0].eval(), tmp_path / "adapter", is_trainable=True
+    )
+    loaded.set_experts_implementation("eager")
+    model(**padded("mixtral")[0]).loss.backward()
+    loaded(**padded("mixtral")[0]).loss.backward()  # a loaded adapter knows its indices: training is not refused
+    assert torch.equal(output(loaded, padded("mixtral")[0]), output(model, padded("mixtral")[0]))
+    (tmp_path / "indices.json").write_text(json.dumps(selection.to_dict()))
+    given = turnrow.select(mixture(indices=str(tmp_path / "indices.json")))
+    assert (given.strategy, given.indices()) == ("indices", selection.indices())
+
+
+def test_gradients_of_the_user_and_all_else_stay_where_experts_are_chosen():
+    model = mixture(selection="fisher")
+    experts = model.base_model.model.model.layers[0].mlp.experts.base_layer
+    experts.down_proj.grad = torch.ones_like(experts.down_proj)
+    before, weights = state(model), snapshot(model)
+    turnrow.select(model, padded("mixtral"))
+    assert state(model) == before
+    assert identical(snapshot(model), weights)
+    assert (experts.down_proj.grad == 1).all()
+    assert not experts.down_proj._post_accumulate_grad_hooks
+
+
+def test_experts_are_chosen_within_their_part_and_idle_ones_keep_their_first():
+    model = mixture(selection="gradient", within={"experts.down_proj": "1::2"})
+    one = {name: value[:1, :1] for name, value in padded("mixtral")[0].items()}
+    one |= {"input_ids": one["input_ids"].expand(1, 2), "labels": one["labels"].expand(1, 2), "attention_mask": None}
+    for chosen in turnrow.select(model, [one]):
+        if chosen.module.endswith("experts.down_proj"):
+            assert (chosen.index % 2 == 1).all()
+            # one token, to two of four experts in the first layer
+            assert [1, 3, 5] in chosen.index.tolist()
 
 
 @pytest.mark.gpu

@@ -3,7 +3,7 @@
 The model computes as it will in use: in evaluation mode, without dropout, each layer on what the layers below it give.
 (The RoCoFT authors' code hands the inputs from one linear layer straight to the next, without attention, norms and
 residuals in between.) The gradient of a weight is formed when the backward pass reaches the layer, summed up and dropped
-before the next one is; no parameter gets a `.grad`.
+before the next one is; no parameter keeps a `.grad`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from turnrow.errors import UserError
 from turnrow.ops.delta import unviewed
+from turnrow.ops.experts import FusedWeight
 from turnrow.ops.frozen import frozen
 from turnrow.selection.statistics import GradientSums, InputNorms, real_tokens, weight_gradient
-from turnrow.selection.strategies import Part
+from turnrow.selection.strategies import Part, by_gradient
 
 __all__ = ["Batch", "gather"]
 
@@ -32,7 +33,7 @@ Batch = Mapping[str, Any]
 
 def gather(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, nn.Module | FusedWeight],
     batches: Iterable[Batch],
     strategy: str,
     parts: Sequence[Part | str] = ("row",),
@@ -46,7 +47,7 @@ def gather(
         model: called as ``model(**batch)``. Its training mode and `requires_grad` flags are as before afterwards, also
             after an exception, and all hooks are gone.
         layers: the linear layers by name: modules that the model calls with an input (..., in) and that return (..., out),
-            quantized or not.
+            quantized or not. By gradient fused weights of experts too, whose sums have a leading dimension for the experts.
         batches: tensors are moved to the device of the model. `attention_mask` and `decoder_attention_mask` (or, where that
             is missing, labels of -100) say which tokens are padding: they do not count towards the norms of the inputs. A
             padded token that changes no loss has no gradient. Every batch weighs the same in sums of gradients.
@@ -56,22 +57,25 @@ def gather(
     Raises:
         UserError: there are no batches, one is no mapping, or the model gives no loss and the strategy needs it.
     """
-    by_gradient = not strategy.startswith("wanda")
     with ExitStack() as undo:
         undo.enter_context(frozen(model))
         undo.enter_context(_deterministic())
-        if by_gradient:
+        if by_gradient(strategy):
             sums = {name: GradientSums(parts, squared=strategy == "fisher") for name in layers}
             gradients = _Gradients(sums)
             undo.enter_context(torch.inference_mode(False))
             undo.enter_context(torch.enable_grad())
             for name, layer in layers.items():
-                undo.callback(layer.register_forward_hook(partial(gradients.watch, name)).remove)
+                if isinstance(layer, FusedWeight):
+                    undo.enter_context(gradients.watching_weight(name, layer))
+                else:
+                    undo.callback(layer.register_forward_hook(partial(gradients.watch, name)).remove)
             _each_batch(model, batches, strategy, gradients.backward)
             return sums
         norms = {name: InputNorms() for name in layers}
         masks: dict[str, Tensor] = {}
         for name, layer in layers.items():
+            assert isinstance(layer, nn.Module)  # what goes through the products of experts is not seen from outside
             undo.callback(layer.register_forward_hook(partial(_add_inputs, norms[name], name, masks)).remove)
         with torch.no_grad():
             _each_batch(model, batches, strategy, lambda output: None, masks)
@@ -153,6 +157,26 @@ class _Gradients:
         watched = whole if whole.requires_grad else output
         watched.register_hook(partial(self._arrived, name, x, x._version))
         return output
+
+    @contextmanager
+    def watching_weight(self, name: str, fused: FusedWeight) -> Iterator[None]:
+        """Leave the gradient of a fused weight to autograd, which knows the tokens of each expert; one weight's is held at a time."""
+        weight = fused.weight
+        before, weight.grad = weight.grad, None
+        weight.requires_grad_(True)
+        handle = weight.register_post_accumulate_grad_hook(partial(self._arrived_at_weight, name, fused.transposed))
+        try:
+            yield
+        finally:
+            handle.remove()
+            weight.requires_grad_(False)
+            weight.grad = before
+
+    def _arrived_at_weight(self, name: str, transposed: bool, weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        self._sums[name].add(gradient.transpose(1, 2) if transposed else gradient)
 
     def _arrived(self, name: str, x: Tensor, version: int, dy: Tensor) -> None:
         if x._version != version:

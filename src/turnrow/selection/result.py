@@ -27,9 +27,9 @@ class Chosen:
     part: str
     """"row", "column" or "entry"."""
     shape: tuple[int, int]
-    """(out, in) of the weight."""
+    """(out, in) of the weight, of a fused one that of each expert."""
     index: Tensor
-    """(r,) int64 on the CPU; an entry is row * in + column."""
+    """(r,) int64 on the CPU, of a fused weight of experts (E, r); an entry is row * in + column."""
     share: float | None
     """Sum of the scores of what was chosen over the sum of all, 0 to 1; None where nothing was scored."""
 

@@ -68,18 +68,18 @@ class GradientSums:
         """How many batches were added."""
 
     def add(self, gradient: Tensor) -> None:
-        """Add G of one batch, (out, in); it is overwritten."""
+        """Add G of one batch, (..., out, in); it is overwritten."""
         magnitudes = gradient.square_() if self._squared else gradient.abs_()
         for part in self._parts:
             if part == "entry":
-                new = magnitudes.flatten()
+                new = magnitudes.flatten(-2)
             else:
-                new = magnitudes.sum(1 if part == "row" else 0, dtype=_sum_dtype(magnitudes))
+                new = magnitudes.sum(-1 if part == "row" else -2, dtype=_sum_dtype(magnitudes))
             self._sums[part] = self._sums[part].add_(new) if part in self._sums else new
         self.count += 1
 
     def scores(self, part: Part | str) -> Tensor:
-        """The scores of the rows (out,), the columns (in,), or the entries (out * in,), row by row; needs a batch at least."""
+        """The scores of the rows (..., out), the columns (..., in), or the entries (..., out * in), row by row; needs a batch at least."""
         return self._sums[part]
 
 
