@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel, RoadConfig, get_peft_model
 from torch import nn
 
-import turnrow
 from tests.tuners.models import (
     MIXTURES,
     OTHER_MIXTURES,
@@ -678,17 +677,6 @@ def test_experts_are_selected_without_data(selection):
         assert rows.unique().tolist() != [0, 1]
         if selection == "last":
             assert rows.tolist() == [[layer.out_features - 2, layer.out_features - 1]] * len(rows)
-
-
-def test_selection_by_inputs_is_refused_for_experts_and_works_beside_them():
-    model, inputs = _base()
-    with pytest.raises(
-        UserError, match="selection 'wanda_max' looks at the inputs of a layer.*'model.layers.0.mlp.experts"
-    ):
-        get_peft_model(model, RocoftConfig(selection="wanda_max"))
-    model = get_peft_model(model, RocoftConfig(selection="wanda_max", target_parameters=[]))
-    turnrow.select(model, [inputs])
-    model(**inputs).loss.backward()
 
 
 def test_reselection_and_batches_of_several_adapters_and_mixed_models_are_refused():

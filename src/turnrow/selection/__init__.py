@@ -5,12 +5,11 @@ from __future__ import annotations
 from turnrow.selection.gathering import Batch, gather
 from turnrow.selection.indices import check_form, check_indices, plural
 from turnrow.selection.result import Chosen, Selection, read_indices
-from turnrow.selection.statistics import GradientSums, InputNorms, real_tokens, weight_gradient
+from turnrow.selection.statistics import ExpertInputNorms, GradientSums, InputNorms, real_tokens, weight_gradient
 from turnrow.selection.strategies import (
     STRATEGIES,
     Part,
     Strategy,
-    by_gradient,
     check_strategy,
     choose,
     choose_by_score,
@@ -22,12 +21,12 @@ __all__ = [
     "STRATEGIES",
     "Batch",
     "Chosen",
+    "ExpertInputNorms",
     "GradientSums",
     "InputNorms",
     "Part",
     "Selection",
     "Strategy",
-    "by_gradient",
     "check_form",
     "check_indices",
     "check_strategy",

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from turnrow.errors import UserError
 from turnrow.ops.delta import unviewed
-from turnrow.ops.experts import FusedWeight
+from turnrow.ops.experts import FusedWeight, Reader, Routing, read_weight
 from turnrow.ops.frozen import frozen
-from turnrow.selection.statistics import GradientSums, InputNorms, real_tokens, weight_gradient
-from turnrow.selection.strategies import Part, by_gradient
+from turnrow.selection.statistics import ExpertInputNorms, GradientSums, InputNorms, real_tokens, weight_gradient
+from turnrow.selection.strategies import Part
 
 __all__ = ["Batch", "gather"]
 
@@ -37,7 +37,7 @@ def gather(
     batches: Iterable[Batch],
     strategy: str,
     parts: Sequence[Part | str] = ("row",),
-) -> dict[str, InputNorms] | dict[str, GradientSums]:
+) -> dict[str, InputNorms | ExpertInputNorms] | dict[str, GradientSums]:
     """Run `model` over `batches` once and return what `strategy` scores `layers` by.
 
     Memory is that of one batch and of the statistics, which do not grow with the data. "gradient" and "fisher" keep the
@@ -47,7 +47,7 @@ def gather(
         model: called as ``model(**batch)``. Its training mode and `requires_grad` flags are as before afterwards, also
             after an exception, and all hooks are gone.
         layers: the linear layers by name: modules that the model calls with an input (..., in) and that return (..., out),
-            quantized or not. By gradient fused weights of experts too, whose sums have a leading dimension for the experts.
+            quantized or not. Or fused weights of experts, whose scores have a leading dimension for the experts.
         batches: tensors are moved to the device of the model. `attention_mask` and `decoder_attention_mask` (or, where that
             is missing, labels of -100) say which tokens are padding: they do not count towards the norms of the inputs. A
             padded token that changes no loss has no gradient. Every batch weighs the same in sums of gradients.
@@ -55,12 +55,14 @@ def gather(
         parts: which sums of gradients to keep.
 
     Raises:
-        UserError: there are no batches, one is no mapping, or the model gives no loss and the strategy needs it.
+        UserError: there are no batches, one is no mapping, or the model gives no loss and the strategy needs it; the inputs of
+            experts are wanted and do not go into a product that is known.
     """
+    by_gradient = not strategy.startswith("wanda")
     with ExitStack() as undo:
         undo.enter_context(frozen(model))
         undo.enter_context(_deterministic())
-        if by_gradient(strategy):
+        if by_gradient:
             sums = {name: GradientSums(parts, squared=strategy == "fisher") for name in layers}
             gradients = _Gradients(sums)
             undo.enter_context(torch.inference_mode(False))
@@ -72,11 +74,15 @@ def gather(
                     undo.callback(layer.register_forward_hook(partial(gradients.watch, name)).remove)
             _each_batch(model, batches, strategy, gradients.backward)
             return sums
-        norms = {name: InputNorms() for name in layers}
+        norms: dict[str, InputNorms | ExpertInputNorms] = {}
         masks: dict[str, Tensor] = {}
         for name, layer in layers.items():
-            assert isinstance(layer, nn.Module)  # what goes through the products of experts is not seen from outside
-            undo.callback(layer.register_forward_hook(partial(_add_inputs, norms[name], name, masks)).remove)
+            if isinstance(layer, FusedWeight):
+                norms[name] = of_experts = ExpertInputNorms(layer.shape[0])
+                undo.enter_context(_reading(layer, _ExpertInputs(of_experts, name)))
+            else:
+                norms[name] = of_layer = InputNorms()
+                undo.callback(layer.register_forward_hook(partial(_add_inputs, of_layer, name, masks)).remove)
         with torch.no_grad():
             _each_batch(model, batches, strategy, lambda output: None, masks)
         return norms
@@ -114,6 +120,42 @@ def _add_inputs(
 ) -> None:
     order = ("decoder", "encoder") if "decoder" in name.split(".") else ("encoder", "decoder")
     norms.add(real_tokens(args[0].detach(), [masks[side] for side in order if side in masks]))
+
+
+class _ExpertInputs:
+    """Adds what goes into the products of a fused weight, expert by expert; which of the tokens are padding is not known there."""
+
+    def __init__(self, norms: ExpertInputNorms, name: str) -> None:
+        self._norms, self._name = norms, name
+
+    def routed(self, y: Tensor, x: Tensor, routing: Routing) -> Tensor:
+        tokens = routing.sort(x.reshape(-1, x.shape[-1]))
+        for norms, (first, last) in zip(self._norms.of_each, routing.segments(), strict=True):
+            if first < last:
+                norms.add(tokens[first:last])
+        return y
+
+    def of_expert(self, y: Tensor, x: Tensor, expert: int) -> Tensor:
+        self._norms.of_each[expert].add(x.reshape(-1, x.shape[-1]))
+        return y
+
+    def otherwise(self, function: Any, result: Any) -> None:
+        if isinstance(result, Tensor) and result.is_floating_point():
+            raise UserError(
+                f"the model uses the experts of {self._name!r} in a way ({getattr(function, '__name__', function)}) in which their inputs "
+                "are not seen: select by 'gradient' or 'fisher', or leave them out of target_parameters"
+            )
+
+
+@contextmanager
+def _reading(fused: FusedWeight, reader: Reader) -> Iterator[None]:
+    """In this block the module with a fused weight finds one in its place that tells `reader` of its uses."""
+    held, weight = fused.module._parameters, fused.weight
+    held[fused.name] = read_weight(weight.detach(), reader, transposed=fused.transposed)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        held[fused.name] = weight  # type: ignore[assignment]
 
 
 def _padding_masks(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

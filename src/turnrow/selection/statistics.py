@@ -16,7 +16,7 @@ from torch import Tensor
 
 from turnrow.selection.strategies import Part
 
-__all__ = ["GradientSums", "InputNorms", "real_tokens", "weight_gradient"]
+__all__ = ["ExpertInputNorms", "GradientSums", "InputNorms", "real_tokens", "weight_gradient"]
 
 
 class InputNorms:
@@ -47,6 +47,26 @@ class InputNorms:
         if part == "column":
             return magnitudes.sum(0) * norms
         return (magnitudes * norms).flatten()
+
+
+class ExpertInputNorms:
+    """`InputNorms` of each expert, over the tokens that went to it.
+
+    Args:
+        experts: how many there are.
+    """
+
+    def __init__(self, experts: int) -> None:
+        self.of_each = tuple(InputNorms() for _ in range(experts))
+
+    @property
+    def count(self) -> int:
+        """How many tokens were added, one that went to two experts twice."""
+        return sum(norms.count for norms in self.of_each)
+
+    def scores(self, part: Part | str, weight: Tensor) -> Tensor:
+        """As those of `InputNorms`, with a leading dimension for the experts, of a weight (E, out, in)."""
+        return torch.stack([norms.scores(part, own) for norms, own in zip(self.of_each, weight, strict=True)])
 
 
 class GradientSums:

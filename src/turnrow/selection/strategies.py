@@ -28,17 +28,7 @@ from torch import Tensor
 from turnrow.errors import UserError, near_matches
 from turnrow.selection.indices import plural
 
-__all__ = [
-    "STRATEGIES",
-    "Part",
-    "Strategy",
-    "by_gradient",
-    "check_strategy",
-    "choose",
-    "choose_by_score",
-    "first",
-    "needs_data",
-]
+__all__ = ["STRATEGIES", "Part", "Strategy", "check_strategy", "choose", "choose_by_score", "first", "needs_data"]
 
 Strategy = Literal[
     "first", "last", "uniform", "random", "wanda_max", "wanda_min", "wanda_mixed", "gradient", "fisher"
@@ -112,11 +102,6 @@ def check_strategy(strategy: object, name: str = "selection") -> str:
 def needs_data(strategy: str) -> bool:
     """Whether a strategy goes by what a model does with data, rather than by the size of the weight alone."""
     return strategy in _BY_SCORE
-
-
-def by_gradient(strategy: str) -> bool:
-    """Whether a strategy goes by the gradients of a loss."""
-    return strategy in ("gradient", "fisher")
 
 
 def choose(

@@ -13,7 +13,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from turnrow.errors import UserError, near_matches
-from turnrow.selection import Batch, Chosen, GradientSums, InputNorms, Selection, choose_by_score, gather, needs_data
+from turnrow.selection import (
+    Batch,
+    Chosen,
+    ExpertInputNorms,
+    GradientSums,
+    InputNorms,
+    Selection,
+    choose_by_score,
+    gather,
+    needs_data,
+)
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.experts import RocoftExpertWeight
 from turnrow.tuners.rocoft.layer import RocoftLayer
@@ -172,7 +182,7 @@ def _matrices(name: str, scores: Tensor) -> list[tuple[str, Tensor]]:
     return [(f"{name}, expert {expert}", own) for expert, own in enumerate(scores)]
 
 
-def _scores(statistic: InputNorms | GradientSums, part: str, layer: _Layer) -> Tensor:
+def _scores(statistic: InputNorms | ExpertInputNorms | GradientSums, part: str, layer: _Layer) -> Tensor:
     if statistic.count == 0:
         sizes = {
             "row": layer.out_features,
@@ -182,8 +192,10 @@ def _scores(statistic: InputNorms | GradientSums, part: str, layer: _Layer) -> T
         return torch.zeros(layer._base.shape[0], sizes[part]) if layer.of_experts else torch.zeros(sizes[part])
     if isinstance(statistic, GradientSums):
         return statistic.scores(part)
-    assert isinstance(layer, RocoftLinear)
-    return statistic.scores(part, layer.dense_values())
+    if isinstance(layer, RocoftLinear):
+        return statistic.scores(part, layer.dense_values())
+    fused: Any = layer.get_base_layer()
+    return statistic.scores(part, fused.matrices(values=True))
 
 
 def _warn_of_unreached(names: list[str], layers: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from turnrow.errors import UserError
 from turnrow.ops import columns, entries, experts, rows
 from turnrow.ops.subspace import most_specific, of_module, subspace
-from turnrow.selection import by_gradient, check_indices, choose, needs_data, plural
+from turnrow.selection import check_indices, choose, needs_data, plural
 from turnrow.tuners.rocoft.config import RocoftConfig
 
 __all__ = [
@@ -148,11 +148,6 @@ def choose_expert_indices(config: RocoftConfig, name: str, shape: tuple[int, int
     count, out_features, in_features = shape
     sizes = {"row": out_features, "column": in_features, "entry": out_features * in_features}
     given = _given(config, name)
-    if given is None and needs_data(config.selection) and not by_gradient(config.selection):
-        raise UserError(
-            f"selection {config.selection!r} looks at the inputs of a layer, which it cannot see for the experts of {name!r}: choose "
-            "'gradient', 'fisher', or one that needs no data, name their indices, or leave them out of target_parameters"
-        )
     if given is None or not any(_is_nested(lists) for lists in given.values()):
         chosen = choose_indices(config, name, out_features, in_features)
         return {part: index.repeat(count, 1) for part, index in chosen.items()}
