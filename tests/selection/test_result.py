@@ -41,6 +41,11 @@ def test_what_was_written_is_read(selection, tmp_path):
         ("[1, 2]", "is no file of indices: it must hold 'version', 'mode' and 'modules'"),
         ('{"version": 1, "mode": "row", "modules": {}}', "is no file of indices"),
         ('{"version": 2, "mode": "row", "modules": {"a": [1]}}', "has format version 2, this turnrow reads 1"),
+        (
+            '{"version": 1, "mode": "row", "modules": {"a": 3}}',
+            r"json: modules\['a'\] is 3; it must be a list of numbers",
+        ),
+        ('{"version": 1, "mode": "row", "modules": {"a": null}}', r"json: modules\['a'\] is None; it must be a list"),
         ('{"version": 1, "mode": "column", "modules": {"a": [1]}}', "for mode 'column', and the mode here is 'row'"),
     ],
 )

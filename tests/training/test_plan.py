@@ -226,7 +226,7 @@ def test_a_model_that_looks_at_values_gets_all_but_the_forecast_of_its_step(
     assert method.base_bytes > 0
     assert method.batches[0].saved_bytes is None
     assert method.batches[0].peak_bytes is None
-    assert "no forecast of the step, which cannot run without values" in method.note
+    assert "no forecast of the step, which without values stops at" in method.note
 
 
 def test_an_unknown_optimizer_is_said_and_left_out(config_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:

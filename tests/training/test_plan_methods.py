@@ -32,9 +32,11 @@ def _own_method_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("turnrow.training.planning.forecast.candidates", lambda method: [dict(method)])
 
 
-def planned(folder: Path, method: dict[str, Any], **changes: Any) -> tuple[MethodPlan, dict[str, Any]]:
+def planned(
+    folder: Path, method: dict[str, Any], case: Case = CASE, **changes: Any
+) -> tuple[MethodPlan, dict[str, Any]]:
     """The plan of one method, and the recipe it is of."""
-    fields = {**recipe_fields(CASE, folder, method), **changes}
+    fields = {**recipe_fields(case, folder, method), **changes}
     (forecast,) = plan(Recipe.from_dict(fields)).methods
     return forecast, fields
 
@@ -158,6 +160,45 @@ def test_of_experts_everything_but_the_step_is_known(tmp_path: Path) -> None:
     assert forecast.batches[0].peak_bytes is None
     assert forecast.note is not None
     assert "how many tokens each expert gets depends on the values" in forecast.note
+
+
+class _Mixture(Case):
+    """A mixture of experts."""
+
+    def config(self) -> MixtralConfig:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+        return MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=60, num_local_experts=4, pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        ({"name": "road", "group_size": 2, "target_modules": ["q_proj"]}, "float32"),
+        ({"name": "road", "group_size": 2, "target_modules": ["q_proj"]}, "bfloat16"),
+        ({"name": "lora", "r": 2, "target_modules": "all-linear"}, "float32"),  # peft takes the experts for linear
+        ({"name": "lora", "r": 2, "target_modules": "all-linear"}, "bfloat16"),
+        ({"name": "full"}, "float32"),
+    ],
+    ids=["road", "road-bfloat16", "lora", "lora-bfloat16", "full"],
+)
+@pytest.mark.filterwarnings(
+    "ignore:the experts of this model are not trained", "ignore:.*_pattern keys did not match:RuntimeWarning"
+)
+def test_other_methods_on_experts_are_forecast(method: dict[str, Any], dtype: str, tmp_path: Path) -> None:
+    case = _Mixture("mixtral", 4, 32, dtype=dtype)
+    make_checkpoint(case, tmp_path)
+    forecast, fields = planned(tmp_path, method, case)
+    _, live = trained(fields)
+    assert growth(forecast) == pytest.approx(live, rel=0, abs=4096)
+
+
+def test_rows_of_experts_that_no_kernel_takes_are_named(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 52}
+    MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=60, num_local_experts=4).save_pretrained(tmp_path)
+    forecast, _ = planned(tmp_path, {"name": "lora", "r": 2, "target_modules": ["q_proj"]}, dtype="bfloat16")
+    assert forecast.batches[0].peak_bytes is None
+    assert forecast.note is not None
+    assert "a row of 104 bytes in the experts, where their kernel (grouped_mm) needs a multiple of 16" in forecast.note
 
 
 def test_a_warning_of_the_method_is_in_its_note(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel, RoadConfig, get_peft_model
 from torch import nn
 
+import turnrow
 from tests.tuners.models import build, configure, identical, output, perturb, snapshot
 from turnrow import RocoftConfig
 from turnrow.errors import UserError
@@ -35,6 +36,21 @@ from turnrow.errors import UserError
         ({"mode": "entry", "density": True}, r"density is True; mode 'entry' needs"),
         ({"density": 0.1}, r"density is 0.1, but mode 'row' trains whole rows: set r, or mode='entry'"),
         ({"layers_pattern": "h"}, r"layers_pattern is set but layers_to_transform is not"),
+        ({"layers_pattern": "[", "layers_to_transform": 0}, r"layers_pattern is '\[', which is no regular expression"),
+        ({"layers_pattern": [1], "layers_to_transform": 0}, r"layers_pattern contains 1; names are texts, such as '1'"),
+        ({"target_parameters": [3]}, r"target_parameters contains 3; names are texts, such as '3'"),
+        ({"rank_pattern": [1]}, r"rank_pattern is \[1\]; it must be a dict from module names to ranks"),
+        ({"rank_pattern": "q"}, r"rank_pattern is 'q'; it must be a dict"),
+        ({"rank_pattern": None}, r"rank_pattern is None; it must be a dict"),
+        ({"rank_pattern": {1: 1}}, r"rank_pattern names 1; names of modules are texts, such as '1'"),
+        ({"rank_pattern": {"[": 1}}, r"rank_pattern names '\[', which is no regular expression"),
+        ({"within": {0: "::2"}}, r"within names 0; names of modules are texts, such as '0'"),
+        ({"indices": {0: [1]}}, r"indices has the name 0; names of modules are texts, such as '0'"),
+        ({"indices": {"q_proj": 3}}, r"indices\['q_proj'\] is 3; it must be a list of numbers"),
+        ({"indices": {"q_proj": None}}, r"indices\['q_proj'\] is None; .* a module that selection serves is left out"),
+        ({"indices": {"q_proj": {"row": "12"}}}, r"indices\['q_proj'\]\['row'\] is '12'; it must be a list"),
+        ({"mode": "row+column", "indices": {"row": [1], "column": 3}}, r"indices\['column'\] is 3; it must be a list"),
+        ({"indices": {"experts.down_proj": [[0, 1], 2, [4, 5]]}}, r"indices\['experts.down_proj'\] has 2 beside lists"),
         (
             {"target_modules": ".*q_proj", "layers_to_transform": [0]},
             r"layers_to_transform needs target_modules as a list",
@@ -44,6 +60,27 @@ from turnrow.errors import UserError
 def test_bad_fields_are_named_when_the_config_is_made(fields, message):
     with pytest.raises(UserError, match=message):
         RocoftConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": "["}, r"target_modules is '\[', which is no regular expression: unterminated .*; put a backslash"),
+        ({"target_modules": 5}, r"target_modules is 5; it must be None or a list of names, or one regular expression"),
+        ({"target_modules": ["q_proj", 5]}, r"target_modules contains 5; names are texts, such as '5'"),
+        ({"exclude_modules": "["}, r"exclude_modules is '\[', which is no regular expression"),
+        ({"exclude_modules": {"q_proj": 1}}, r"exclude_modules is \{'q_proj': 1\}; it must be None or a list of names"),
+        ({"layers_to_transform": "0"}, r"layers_to_transform is '0'; it must be None, the number of a layer, or a list"),
+        ({"layers_to_transform": [0, True]}, r"layers_to_transform is \[0, True\]; it must be None"),
+        ({"modules_to_save": "lm_head"}, r"modules_to_save is 'lm_head'; it must be None or a list of names, such as \['lm_head'\]"),
+        ({"modules_to_save": [None]}, r"modules_to_save contains None; names are texts"),
+    ],
+)  # fmt: skip
+def test_what_names_no_modules_is_refused(fields, message):
+    for method in (RocoftConfig, turnrow.RoadConfig):
+        if fields.keys() <= vars(method()).keys():  # RoAd leaves out no modules or layers
+            with pytest.raises(UserError, match=message):
+                method(**fields)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +105,11 @@ def test_bad_fields_are_named_when_the_config_is_made(fields, message):
         (RocoftConfig(indices=[1, 1], target_modules=["q_proj"]), r"name row 1 more than once"),
         (
             RocoftConfig(indices={"v_proj": [0], "q_prj": [1]}, target_modules=["q_proj", "v_proj"]),
-            r"indices name modules that are not among the target modules: 'q_prj'; did you mean 'q_proj'",
+            r"indices: no target module is called 'q_prj'; did you mean 'q_proj'",
+        ),
+        (
+            RocoftConfig(within={"qproj": "::2", "v_proj": "::2", "nothing": ":50%"}, target_modules=["q_proj", "v_proj"]),
+            r"within: no target module is called 'qproj'; did you mean 'q_proj'.*, 'nothing'",
         ),
         (
             RocoftConfig(target_modules=["q_proj", "qproj", "nothing"]),

@@ -16,8 +16,9 @@ from tests.selection.test_gathering import autograd_sums, linears, norms_of_rows
 from tests.tuners.models import build, identical, output, perturb, snapshot
 from turnrow import RocoftConfig
 from turnrow.errors import UserError
-from turnrow.selection import STRATEGIES, choose_by_score, needs_data
+from turnrow.selection import STRATEGIES, choose_by_score, gather, needs_data
 from turnrow.tuners._dense import dense_linear, dense_weight
+from turnrow.tuners._walk import find_experts
 
 BY_DATA = [s for s in STRATEGIES if needs_data(s)]
 MODES = ["row", "column", "row+column", "entry"]
@@ -323,6 +324,174 @@ def test_memory_does_not_grow_with_the_number_of_batches(strategy):
 
     peak(1)  # whatever is made once
     assert peak(2) == peak(10)
+
+
+# --- fused experts -------------------------------------------------------------------------------------------------------
+
+
+def mixture(architecture: str = "mixtral", implementation: str | None = "eager", **fields) -> PeftModel:
+    """In float64, but for the kernel of "grouped_mm", which does not know it."""
+    dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
+    model, _ = build(architecture, dtype=dtype)
+    if implementation is not None:
+        model.set_experts_implementation(implementation)
+    return get_peft_model(model, config(**fields))
+
+
+def expert_sums(model: PeftModel, batches: list[dict], power: int) -> dict[str, torch.Tensor]:
+    """Sum over batches of |G| ** power of every fused weight, (E, out, in), G its whole `.grad`."""
+    model, sums = model.unload().requires_grad_(True), {}
+    for batch in batches:
+        model.zero_grad()
+        model(**batch).loss.backward()
+        for name, fused in find_experts(model).items():
+            gradient = fused.weight.grad.mT if fused.transposed else fused.weight.grad
+            sums[name] = sums.get(name, 0) + gradient.abs() ** power
+    return sums
+
+
+@pytest.mark.parametrize(("strategy", "power"), [("gradient", 1), ("fisher", 2)])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe", "gpt_oss", "llama4"])
+def test_the_choice_of_every_expert_is_that_of_slow_scores(architecture, mode, strategy, power):
+    batches = padded(architecture)
+    implementation = None if architecture == "llama4" else "eager"
+    scores = expert_sums(mixture(architecture, implementation, mode=mode), batches, power)
+    selection = turnrow.select(mixture(architecture, implementation, mode=mode, selection=strategy), batches)
+    of_experts = [chosen for chosen in selection if chosen.module in scores]
+    assert len(of_experts) == len(scores) * (2 if mode == "row+column" else 1)
+    for chosen in of_experts:
+        whole = scores[chosen.module]
+        part = {"row": whole.sum(2), "column": whole.sum(1), "entry": whole.flatten(1)}[chosen.part]
+        assert chosen.shape == tuple(whole.shape[1:])
+        expected = torch.stack([choose_by_score(strategy, own, chosen.index.shape[1]) for own in part])
+        assert torch.equal(chosen.index, expected)
+        assert chosen.share == pytest.approx(float(part.gather(1, expected).sum() / part.sum()))
+
+
+def expert_inputs(model: nn.Module, batches: list[dict]) -> dict[str, list[torch.Tensor]]:
+    """||X_j|| of every fused weight and expert, from what the module gets and the equations of its experts."""
+    squares: dict[str, list] = {}
+
+    def add(name, module, args):
+        x, experts, _ = args
+        for expert in range(module.num_experts):
+            tokens = x[(experts == expert).any(1)]
+            gate, up = (tokens @ module.gate_up_proj[expert].t()).chunk(2, dim=-1)
+            for weight, inputs in (("gate_up_proj", tokens), ("down_proj", module.act_fn(gate) * up)):
+                of_each = squares.setdefault(f"{name}.{weight}", [0] * module.num_experts)
+                of_each[expert] = of_each[expert] + inputs.square().sum(0)
+
+    for name, module in model.named_modules():
+        if name.endswith("experts"):
+            module.register_forward_pre_hook(lambda module, args, name=name: add(name, module, args))
+    for batch in batches:
+        model(**batch)
+    return {name: [square.sqrt() for square in of_each] for name, of_each in squares.items()}
+
+
+@pytest.mark.parametrize("strategy", [s for s in BY_DATA if s.startswith("wanda")])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe"])
+def test_the_choice_of_every_expert_by_its_inputs_is_that_of_slow_scores(architecture, mode, strategy):
+    batches = padded(architecture)
+    base = mixture(architecture, mode=mode).unload().requires_grad_(False)
+    norms = expert_inputs(base, batches)
+    selection = turnrow.select(mixture(architecture, mode=mode, selection=strategy), batches)
+    of_experts = [chosen for chosen in selection if chosen.module in norms]
+    assert len(of_experts) == 4 * (2 if mode == "row+column" else 1)
+    for chosen in of_experts:
+        total = covered = 0.0
+        for expert, index in enumerate(chosen.index):
+            scores = base.get_parameter(chosen.module)[expert].abs() * norms[chosen.module][expert]
+            part = {"row": scores.sum(1), "column": scores.sum(0), "entry": scores.flatten()}[chosen.part]
+            assert torch.equal(index, choose_by_score(strategy, part, len(index)))
+            total, covered = total + float(part.sum()), covered + float(part[index].sum())
+        assert chosen.share == pytest.approx(covered / total)
+
+
+@pytest.mark.parametrize("strategy", ["wanda_max", "gradient"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_every_implementation_of_the_experts_gives_the_same_scores(architecture, implementation, strategy):
+    expected = expert_scores(mixture(architecture), strategy)
+    for name, scores in expert_scores(mixture(architecture, implementation), strategy).items():
+        torch.testing.assert_close(scores.double(), expected[name].double(), rtol=1e-4, atol=1e-7)
+        assert expected[name].any()
+
+
+def expert_scores(model: PeftModel, strategy: str) -> dict[str, torch.Tensor]:
+    """Of the rows, by the name of the weight."""
+    base = model.unload()
+    weights, parameters = find_experts(base), dict(base.named_parameters())
+    gathered = gather(base, weights, padded("mixtral"), strategy)
+    assert all(base.get_parameter(name) is parameters[name] for name in weights)
+    if strategy == "gradient":
+        return {name: statistic.scores("row") for name, statistic in gathered.items()}
+    return {name: statistic.scores("row", weights[name].matrices().detach()) for name, statistic in gathered.items()}
+
+
+@pytest.mark.parametrize("architecture", ["llama4", "jetmoe"])
+def test_inputs_of_experts_that_are_multiplied_in_other_ways_are_seen(architecture):
+    model = mixture(architecture, implementation=None, selection="wanda_max")
+    assert all(chosen.share for chosen in turnrow.select(model, padded(architecture)))
+
+
+def test_experts_whose_inputs_are_not_seen_are_refused_and_stay_as_they_were(monkeypatch):
+    model = mixture(selection="wanda_max")
+    experts = model.base_model.model.model.layers[1].mlp.experts.base_layer
+    weight = experts.down_proj
+    monkeypatch.setattr(experts, "forward", lambda x, *routing: torch.einsum("ti,eoi->to", x, experts.gate_up_proj))
+    with pytest.raises(
+        UserError, match=r"uses the experts of 'model.layers.1.mlp.experts.gate_up_proj' in a way \(einsum\)"
+    ):
+        turnrow.select(model, padded("mixtral"))
+    assert experts.down_proj is weight
+
+
+def test_the_choice_for_experts_is_trained_saved_and_given_as_indices(tmp_path):
+    model = mixture(selection="gradient")
+    with pytest.raises(UserError, match="selects what it trains by data, and has seen none"):
+        model(**padded("mixtral")[0])
+    selection = turnrow.select(model, padded("mixtral"))
+    held = {name: layer.rocoft_row_index["default"].tolist() for name, layer in layers(model).items()}
+    assert held == selection.indices()
+    perturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(
+        build("mixtral", dtype=torch.float64)[0].eval(), tmp_path / "adapter", is_trainable=True
+    )
+    loaded.set_experts_implementation("eager")
+    model(**padded("mixtral")[0]).loss.backward()
+    loaded(**padded("mixtral")[0]).loss.backward()  # a loaded adapter knows its indices: training is not refused
+    assert torch.equal(output(loaded, padded("mixtral")[0]), output(model, padded("mixtral")[0]))
+    (tmp_path / "indices.json").write_text(json.dumps(selection.to_dict()))
+    given = turnrow.select(mixture(indices=str(tmp_path / "indices.json")))
+    assert (given.strategy, given.indices()) == ("indices", selection.indices())
+
+
+@pytest.mark.parametrize("strategy", ["fisher", "wanda_min"])
+def test_gradients_of_the_user_and_all_else_stay_where_experts_are_chosen(strategy):
+    model = mixture(selection=strategy)
+    experts = model.base_model.model.model.layers[0].mlp.experts.base_layer
+    experts.down_proj.grad = torch.ones_like(experts.down_proj)
+    before, weights = state(model), snapshot(model)
+    turnrow.select(model, padded("mixtral"))
+    assert state(model) == before
+    assert identical(snapshot(model), weights)
+    assert (experts.down_proj.grad == 1).all()
+    assert not experts.down_proj._post_accumulate_grad_hooks
+
+
+def test_experts_are_chosen_within_their_part_and_idle_ones_keep_their_first():
+    model = mixture(selection="gradient", within={"experts.down_proj": "1::2"})
+    one = {name: value[:1, :1] for name, value in padded("mixtral")[0].items()}
+    one |= {"input_ids": one["input_ids"].expand(1, 2), "labels": one["labels"].expand(1, 2), "attention_mask": None}
+    for chosen in turnrow.select(model, [one]):
+        if chosen.module.endswith("experts.down_proj"):
+            assert (chosen.index % 2 == 1).all()
+            # one token, to two of four experts in the first layer
+            assert [1, 3, 5] in chosen.index.tolist()
 
 
 @pytest.mark.gpu

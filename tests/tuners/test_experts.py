@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel, RoadConfig, get_peft_model
 from torch import nn
 
-import turnrow
 from tests.tuners.models import (
     MIXTURES,
     OTHER_MIXTURES,
@@ -572,7 +571,7 @@ def test_experts_that_cannot_be_adapted_are_named():
         ({"indices": [[0], [1]], "target_modules": []}, r"experts.gate_up_proj' are 2 lists of 1 numbers; 4 lists of one length"),
         ({"indices": [[0], [1], [2], [3, 4]], "target_modules": []}, r"are 4 lists of 1 and 2 numbers; 4 lists of one length are needed"),
         ({"indices": [[0], [1], [2], [99]], "target_modules": []}, r"gate_up_proj, expert 3' contain 99, which is out of range: it has 48 rows"),
-        ({"indices": {"experts.up": [1]}}, r"indices name modules that are not among the target modules: 'experts.up'"),
+        ({"indices": {"experts.up": [1]}}, r"indices: no target module is called 'experts.up'"),
         ({"bias": "rocoft_only"}, r"the model has no bias there to train"),
     ],
 )  # fmt: skip
@@ -678,16 +677,6 @@ def test_experts_are_selected_without_data(selection):
         assert rows.unique().tolist() != [0, 1]
         if selection == "last":
             assert rows.tolist() == [[layer.out_features - 2, layer.out_features - 1]] * len(rows)
-
-
-@pytest.mark.parametrize("selection", ["wanda_max", "gradient"])
-def test_selection_by_data_is_refused_for_experts_and_works_beside_them(selection):
-    model, inputs = _base()
-    with pytest.raises(UserError, match=f"selection '{selection}' looks at data.*'model.layers.0.mlp.experts"):
-        get_peft_model(model, RocoftConfig(selection=selection))
-    model = get_peft_model(model, RocoftConfig(selection=selection, target_parameters=[]))
-    turnrow.select(model, [inputs])
-    model(**inputs).loss.backward()
 
 
 def test_reselection_and_batches_of_several_adapters_and_mixed_models_are_refused():

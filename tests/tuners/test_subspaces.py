@@ -191,7 +191,7 @@ def test_a_file_that_turns_other_pairs_is_refused(tmp_path):
         ),
         (
             {"blocks": {"q_projj": "::2"}},
-            "blocks name 'q_projj', which is not among the target modules; did you mean 'q_proj'",
+            "blocks: no target module is called 'q_projj'; did you mean 'q_proj'",
         ),
         ({"train": []}, r"train is \[\]"),
         ({"train": ["angels"]}, "train contains 'angels'; it must be 'angle' or 'scale'; did you mean 'angle'"),

@@ -64,6 +64,8 @@ def check_subspaces(parts: object, where: str) -> None:
     """As `check_subspace`, of a part, of a dict from module names to parts, or of None, which is all."""
     if isinstance(parts, dict):
         for module, part in parts.items():
+            if not isinstance(module, str):
+                raise UserError(f"{where} names {module!r}; names of modules are texts, such as {str(module)!r}")
             check_subspace(part, f"{where}[{module!r}]")
     elif parts is not None:
         check_subspace(parts, where)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from turnrow.selection.gathering import Batch, gather
-from turnrow.selection.indices import check_indices, plural
+from turnrow.selection.indices import check_form, check_indices, plural
 from turnrow.selection.result import Chosen, Selection, read_indices
-from turnrow.selection.statistics import GradientSums, InputNorms, real_tokens, weight_gradient
+from turnrow.selection.statistics import ExpertInputNorms, GradientSums, InputNorms, real_tokens, weight_gradient
 from turnrow.selection.strategies import (
     STRATEGIES,
     Part,
@@ -21,11 +21,13 @@ __all__ = [
     "STRATEGIES",
     "Batch",
     "Chosen",
+    "ExpertInputNorms",
     "GradientSums",
     "InputNorms",
     "Part",
     "Selection",
     "Strategy",
+    "check_form",
     "check_indices",
     "check_strategy",
     "choose",

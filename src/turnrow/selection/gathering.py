@@ -3,7 +3,7 @@
 The model computes as it will in use: in evaluation mode, without dropout, each layer on what the layers below it give.
 (The RoCoFT authors' code hands the inputs from one linear layer straight to the next, without attention, norms and
 residuals in between.) The gradient of a weight is formed when the backward pass reaches the layer, summed up and dropped
-before the next one is; no parameter gets a `.grad`.
+before the next one is; no parameter keeps a `.grad`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from turnrow.errors import UserError
 from turnrow.ops.delta import unviewed
+from turnrow.ops.experts import FusedWeight, Reader, Routing, read_weight
 from turnrow.ops.frozen import frozen
-from turnrow.selection.statistics import GradientSums, InputNorms, real_tokens, weight_gradient
+from turnrow.selection.statistics import ExpertInputNorms, GradientSums, InputNorms, real_tokens, weight_gradient
 from turnrow.selection.strategies import Part
 
 __all__ = ["Batch", "gather"]
@@ -32,11 +33,11 @@ Batch = Mapping[str, Any]
 
 def gather(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, nn.Module | FusedWeight],
     batches: Iterable[Batch],
     strategy: str,
     parts: Sequence[Part | str] = ("row",),
-) -> dict[str, InputNorms] | dict[str, GradientSums]:
+) -> dict[str, InputNorms | ExpertInputNorms] | dict[str, GradientSums]:
     """Run `model` over `batches` once and return what `strategy` scores `layers` by.
 
     Memory is that of one batch and of the statistics, which do not grow with the data. "gradient" and "fisher" keep the
@@ -46,7 +47,7 @@ def gather(
         model: called as ``model(**batch)``. Its training mode and `requires_grad` flags are as before afterwards, also
             after an exception, and all hooks are gone.
         layers: the linear layers by name: modules that the model calls with an input (..., in) and that return (..., out),
-            quantized or not.
+            quantized or not. Or fused weights of experts, whose scores have a leading dimension for the experts.
         batches: tensors are moved to the device of the model. `attention_mask` and `decoder_attention_mask` (or, where that
             is missing, labels of -100) say which tokens are padding: they do not count towards the norms of the inputs. A
             padded token that changes no loss has no gradient. Every batch weighs the same in sums of gradients.
@@ -54,7 +55,8 @@ def gather(
         parts: which sums of gradients to keep.
 
     Raises:
-        UserError: there are no batches, one is no mapping, or the model gives no loss and the strategy needs it.
+        UserError: there are no batches, one is no mapping, or the model gives no loss and the strategy needs it; the inputs of
+            experts are wanted and do not go into a product that is known.
     """
     by_gradient = not strategy.startswith("wanda")
     with ExitStack() as undo:
@@ -66,13 +68,21 @@ def gather(
             undo.enter_context(torch.inference_mode(False))
             undo.enter_context(torch.enable_grad())
             for name, layer in layers.items():
-                undo.callback(layer.register_forward_hook(partial(gradients.watch, name)).remove)
+                if isinstance(layer, FusedWeight):
+                    undo.enter_context(gradients.watching_weight(name, layer))
+                else:
+                    undo.callback(layer.register_forward_hook(partial(gradients.watch, name)).remove)
             _each_batch(model, batches, strategy, gradients.backward)
             return sums
-        norms = {name: InputNorms() for name in layers}
+        norms: dict[str, InputNorms | ExpertInputNorms] = {}
         masks: dict[str, Tensor] = {}
         for name, layer in layers.items():
-            undo.callback(layer.register_forward_hook(partial(_add_inputs, norms[name], name, masks)).remove)
+            if isinstance(layer, FusedWeight):
+                norms[name] = of_experts = ExpertInputNorms(layer.shape[0])
+                undo.enter_context(_reading(layer, _ExpertInputs(of_experts, name)))
+            else:
+                norms[name] = of_layer = InputNorms()
+                undo.callback(layer.register_forward_hook(partial(_add_inputs, of_layer, name, masks)).remove)
         with torch.no_grad():
             _each_batch(model, batches, strategy, lambda output: None, masks)
         return norms
@@ -110,6 +120,42 @@ def _add_inputs(
 ) -> None:
     order = ("decoder", "encoder") if "decoder" in name.split(".") else ("encoder", "decoder")
     norms.add(real_tokens(args[0].detach(), [masks[side] for side in order if side in masks]))
+
+
+class _ExpertInputs:
+    """Adds what goes into the products of a fused weight, expert by expert; which of the tokens are padding is not known there."""
+
+    def __init__(self, norms: ExpertInputNorms, name: str) -> None:
+        self._norms, self._name = norms, name
+
+    def routed(self, y: Tensor, x: Tensor, routing: Routing) -> Tensor:
+        tokens = routing.sort(x.reshape(-1, x.shape[-1]))
+        for norms, (first, last) in zip(self._norms.of_each, routing.segments(), strict=True):
+            if first < last:
+                norms.add(tokens[first:last])
+        return y
+
+    def of_expert(self, y: Tensor, x: Tensor, expert: int) -> Tensor:
+        self._norms.of_each[expert].add(x.reshape(-1, x.shape[-1]))
+        return y
+
+    def otherwise(self, function: Any, result: Any) -> None:
+        if isinstance(result, Tensor) and result.is_floating_point():
+            raise UserError(
+                f"the model uses the experts of {self._name!r} in a way ({getattr(function, '__name__', function)}) in which their inputs "
+                "are not seen: select by 'gradient' or 'fisher', or leave them out of target_parameters"
+            )
+
+
+@contextmanager
+def _reading(fused: FusedWeight, reader: Reader) -> Iterator[None]:
+    """In this block the module with a fused weight finds one in its place that tells `reader` of its uses."""
+    held, weight = fused.module._parameters, fused.weight
+    held[fused.name] = read_weight(weight.detach(), reader, transposed=fused.transposed)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        held[fused.name] = weight  # type: ignore[assignment]
 
 
 def _padding_masks(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -153,6 +199,26 @@ class _Gradients:
         watched = whole if whole.requires_grad else output
         watched.register_hook(partial(self._arrived, name, x, x._version))
         return output
+
+    @contextmanager
+    def watching_weight(self, name: str, fused: FusedWeight) -> Iterator[None]:
+        """Leave the gradient of a fused weight to autograd, which knows the tokens of each expert; one weight's is held at a time."""
+        weight = fused.weight
+        before, weight.grad = weight.grad, None
+        weight.requires_grad_(True)
+        handle = weight.register_post_accumulate_grad_hook(partial(self._arrived_at_weight, name, fused.transposed))
+        try:
+            yield
+        finally:
+            handle.remove()
+            weight.requires_grad_(False)
+            weight.grad = before
+
+    def _arrived_at_weight(self, name: str, transposed: bool, weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        self._sums[name].add(gradient.transpose(1, 2) if transposed else gradient)
 
     def _arrived(self, name: str, x: Tensor, version: int, dy: Tensor) -> None:
         if x._version != version:

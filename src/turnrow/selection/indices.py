@@ -10,7 +10,35 @@ from torch import Tensor
 
 from turnrow.errors import UserError
 
-__all__ = ["check_indices", "plural"]
+__all__ = ["check_form", "check_indices", "plural"]
+
+
+def check_form(indices: object, where: str) -> None:
+    """Refuse what cannot be indices, whatever modules and sizes they are for.
+
+    Args:
+        indices: a list of numbers, or of lists of them, one for each expert; or a dict from names of modules or parts to such lists
+            or dicts.
+        where: how to call them in an error, such as ``"indices"``.
+
+    Raises:
+        UserError: a value is neither list nor dict, a name is no text, or a list has numbers beside lists; names the place.
+    """
+    if isinstance(indices, dict):
+        for name, own in indices.items():
+            if not isinstance(name, str):
+                raise UserError(f"{where} has the name {name!r}; names of modules are texts, such as {str(name)!r}")
+            check_form(own, f"{where}[{name!r}]")
+        return
+    if not isinstance(indices, (list, tuple)):
+        raise UserError(
+            f"{where} is {indices!r}; it must be a list of numbers; a module that selection serves is left out"
+        )
+    single = [number for number in indices if not isinstance(number, (list, tuple))]
+    if single and len(single) < len(indices):
+        raise UserError(
+            f"{where} has {single[0]!r} beside lists; it must be one list of numbers, or a list for each expert"
+        )
 
 
 def check_indices(indices: Sequence[int], size: int, *, what: str, module: str) -> Tensor:

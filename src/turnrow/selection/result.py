@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from turnrow.errors import UserError
+from turnrow.selection.indices import check_form
 
 __all__ = ["Chosen", "Selection", "read_indices"]
 
@@ -26,9 +27,9 @@ class Chosen:
     part: str
     """"row", "column" or "entry"."""
     shape: tuple[int, int]
-    """(out, in) of the weight."""
+    """(out, in) of the weight, of a fused one that of each expert."""
     index: Tensor
-    """(r,) int64 on the CPU; an entry is row * in + column."""
+    """(r,) int64 on the CPU, of a fused weight of experts (E, r); an entry is row * in + column."""
     share: float | None
     """Sum of the scores of what was chosen over the sum of all, 0 to 1; None where nothing was scored."""
 
@@ -77,7 +78,8 @@ def read_indices(path: str | Path, mode: str) -> dict[str, Any]:
         mode: the mode that the indices are wanted for.
 
     Raises:
-        UserError: there is no such file, it is no file of indices or of a later version, or it is for another mode.
+        UserError: there is no such file, it is no file of indices or of a later version, it is for another mode, or what it
+            holds for a module are no indices.
     """
     try:
         held = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -100,4 +102,5 @@ def read_indices(path: str | Path, mode: str) -> dict[str, Any]:
         raise UserError(
             f"{path} holds indices for mode {held.get('mode')!r}, and the mode here is {mode!r}; select anew"
         )
+    check_form(held["modules"], f"{path}: modules")
     return held["modules"]

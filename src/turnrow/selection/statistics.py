@@ -16,7 +16,7 @@ from torch import Tensor
 
 from turnrow.selection.strategies import Part
 
-__all__ = ["GradientSums", "InputNorms", "real_tokens", "weight_gradient"]
+__all__ = ["ExpertInputNorms", "GradientSums", "InputNorms", "real_tokens", "weight_gradient"]
 
 
 class InputNorms:
@@ -49,6 +49,26 @@ class InputNorms:
         return (magnitudes * norms).flatten()
 
 
+class ExpertInputNorms:
+    """`InputNorms` of each expert, over the tokens that went to it.
+
+    Args:
+        experts: how many there are.
+    """
+
+    def __init__(self, experts: int) -> None:
+        self.of_each = tuple(InputNorms() for _ in range(experts))
+
+    @property
+    def count(self) -> int:
+        """How many tokens were added, one that went to two experts twice."""
+        return sum(norms.count for norms in self.of_each)
+
+    def scores(self, part: Part | str, weight: Tensor) -> Tensor:
+        """As those of `InputNorms`, with a leading dimension for the experts, of a weight (E, out, in)."""
+        return torch.stack([norms.scores(part, own) for norms, own in zip(self.of_each, weight, strict=True)])
+
+
 class GradientSums:
     """Sums of ``|G|`` or of G^2 over rows and columns, or entry by entry; every batch adds its own.
 
@@ -68,18 +88,18 @@ class GradientSums:
         """How many batches were added."""
 
     def add(self, gradient: Tensor) -> None:
-        """Add G of one batch, (out, in); it is overwritten."""
+        """Add G of one batch, (..., out, in); it is overwritten."""
         magnitudes = gradient.square_() if self._squared else gradient.abs_()
         for part in self._parts:
             if part == "entry":
-                new = magnitudes.flatten()
+                new = magnitudes.flatten(-2)
             else:
-                new = magnitudes.sum(1 if part == "row" else 0, dtype=_sum_dtype(magnitudes))
+                new = magnitudes.sum(-1 if part == "row" else -2, dtype=_sum_dtype(magnitudes))
             self._sums[part] = self._sums[part].add_(new) if part in self._sums else new
         self.count += 1
 
     def scores(self, part: Part | str) -> Tensor:
-        """The scores of the rows (out,), the columns (in,), or the entries (out * in,), row by row; needs a batch at least."""
+        """The scores of the rows (..., out), the columns (..., in), or the entries (..., out * in), row by row; needs a batch at least."""
         return self._sums[part]
 
 

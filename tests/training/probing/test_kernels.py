@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForSequenceClassification
 
 from turnrow.analysis.ntk import tangent_kernels
 from turnrow.errors import UserError
 from turnrow.tasks import make_task, read_table
-from turnrow.training.base import load_base
+from turnrow.training.base import Base, load_base
 from turnrow.training.methods import check_method
 from turnrow.training.probing.data import Source, draw
 from turnrow.training.probing.kernels import attached, candidate
@@ -120,3 +121,16 @@ def test_the_base_stays_as_it_was(source):
 def test_a_method_without_a_known_kernel_is_refused(source, method, message):
     with pytest.raises(UserError, match=message):
         candidate(source.base, check_method(method), "SEQ_CLS", [], "bert.")
+
+
+def test_rows_of_fused_experts_are_refused():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    config = MixtralConfig(**sizes, intermediate_size=8, vocab_size=10, num_local_experts=2, num_experts_per_tok=1)
+    base = Base(MixtralForSequenceClassification(config), None, ("score",))
+    method = {"name": "rocoft", "mode": "row", "r": 1}
+    with pytest.raises(
+        UserError, match=r"no kernel of the fused experts of this model, .* say target_parameters: \[\]"
+    ):
+        candidate(base, check_method(method), "SEQ_CLS", [], "model.")
+    rest = candidate(base, check_method({**method, "target_parameters": []}), "SEQ_CLS", [], "model.").description
+    assert rest.modules == [f"layers.0.self_attn.{name}_proj" for name in "qkvo"]

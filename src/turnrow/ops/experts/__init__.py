@@ -8,6 +8,7 @@ Letters beside those: E experts; S_e what is chosen in expert e; tokens of a for
 - `rows`, `columns`, `entries`: what to keep, put and differentiate, one module for each part.
 - `routing`: which expert each token goes to, and sums over the tokens of each expert.
 - `attach`: gradients for the changes, given a weight that already holds them.
+- `reading`: a weight in the hands of a model's code, and what it is multiplied with.
 - `fused`: where models keep such weights, and which way round.
 """
 
@@ -16,10 +17,13 @@ from __future__ import annotations
 from turnrow.ops.experts import columns, entries, rows
 from turnrow.ops.experts.attach import attach_gradient, overlay, whole_weight
 from turnrow.ops.experts.fused import FusedWeight, fused_weights, holds_other_experts
+from turnrow.ops.experts.reading import Reader, ReadWeight, read_weight
 from turnrow.ops.experts.routing import Routing
 
 __all__ = [
     "FusedWeight",
+    "ReadWeight",
+    "Reader",
     "Routing",
     "attach_gradient",
     "columns",
@@ -27,6 +31,7 @@ __all__ = [
     "fused_weights",
     "holds_other_experts",
     "overlay",
+    "read_weight",
     "rows",
     "whole_weight",
 ]

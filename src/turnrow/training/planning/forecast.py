@@ -123,7 +123,7 @@ def _plan_method(method: Mapping[str, Any], setting: Setting, sizes: Sequence[in
     except (RuntimeError, AssertionError) as error:
         forecasts = {size: BatchForecast(size, None, None) for size in sizes}
         reason = str(error).splitlines()[0].removesuffix(".")
-        notes.append(f"no forecast of the step, which cannot run without values: {reason}")
+        notes.append(f"no forecast of the step, which without values stops at: {reason}")
     return MethodPlan(
         title=method_title(method),
         method=dict(method),

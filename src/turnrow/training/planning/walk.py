@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from turnrow.training.live_bytes import LiveBytes
+from turnrow.training.planning.grouped import GroupedProducts
 from turnrow.tuners import rehearsal
 from turnrow.tuners.road.layer import RoadLinear
 from turnrow.tuners.rocoft.layer import RocoftLayer
@@ -63,7 +64,7 @@ def walk(
     """
     mode = FakeTensorMode()
     # The layers compare addresses to notice changes. All are 0 here, and nothing changes.
-    with warnings.catch_warnings(), _without_tracebacks(), rehearsal(), mode:
+    with warnings.catch_warnings(), _without_tracebacks(), rehearsal(), mode, GroupedProducts():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         hollow, inputs = _hollow_copy(model, device), make_inputs()
         first = _step(hollow, inputs, precision, micro_steps)

@@ -35,7 +35,7 @@ from turnrow.training.methods import apply_method
 
 __all__ = ["KERNEL_METHODS", "Candidate", "attached", "candidate"]
 
-_KEPT_OUT = {"rocoft": ("target_parameters",), "road": ("blocks", "train"), "lora": ("use_dora", "target_parameters")}
+_KEPT_OUT = {"road": ("blocks", "train"), "lora": ("use_dora", "target_parameters")}
 """Options that change the kernel in ways which no description tells."""
 
 
@@ -95,6 +95,11 @@ def candidate(
 
 def _rocoft(model: Any, targets: list[str], batches: Sequence[Batch], strip: str) -> Description:
     config = model.peft_config["default"]
+    if config.target_parameters:
+        raise UserError(
+            "method rocoft: a probe knows no kernel of the fused experts of this model, which it trains too; say target_parameters: [] "
+            "to probe the rest"
+        )
     selection = select(model, batches if needs_data(config.selection) else None)
     shapes = {chosen.module.removeprefix(strip): chosen.shape for chosen in selection}
     given = {module.removeprefix(strip): indices for module, indices in selection.indices().items()}

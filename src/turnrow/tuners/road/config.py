@@ -10,6 +10,7 @@ from peft import RoadConfig as PeftRoadConfig
 
 from turnrow.errors import UserError, near_matches
 from turnrow.ops.subspace import check_subspaces
+from turnrow.tuners._names import check_names
 
 __all__ = ["TRAINABLE", "RoadConfig", "settings_of"]
 
@@ -48,6 +49,7 @@ class RoadConfig(PeftRoadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_names(self)
         check_subspaces(self.blocks, "blocks")
         self.train = _trained(self.train)
 

@@ -9,15 +9,15 @@ from peft import RoadConfig as PeftRoadConfig
 from peft.tuners.road.model import RoadModel as PeftRoadModel
 from torch import Tensor, nn
 
-from turnrow.errors import UserError, near_matches
+from turnrow.errors import UserError
 from turnrow.ops.subspace import of_module, subspace
 from turnrow.tuners._dense import dense_linear, features
 from turnrow.tuners._experts import warn_of_untargeted_experts
 from turnrow.tuners._mixed_batch import MixedBatchModel
+from turnrow.tuners._names import check_named
 from turnrow.tuners._quantized import is_linear
 from turnrow.tuners._quantized_model import QuantizedModelMixin
 from turnrow.tuners._targets import resolve_targets
-from turnrow.tuners._walk import find_named
 from turnrow.tuners.road.config import TRAINABLE, settings_of
 from turnrow.tuners.road.layer import RoadLinear
 
@@ -88,12 +88,7 @@ def _check_blocks(config: PeftRoadConfig, targets: dict[str, nn.Module]) -> None
     if blocks is None:
         return
     if isinstance(blocks, dict):
-        unknown = next((key for key in blocks if not find_named(key, targets)), None)
-        if unknown is not None:
-            ends = {end for name in targets for end in (name, name.rpartition(".")[2])}
-            raise UserError(
-                f"blocks name {unknown!r}, which is not among the target modules{near_matches(unknown, ends)}"
-            )
+        check_named("blocks", blocks, targets)
     for name, module in targets.items():
         part = of_module(blocks, name)
         if part is not None:

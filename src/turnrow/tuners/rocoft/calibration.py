@@ -13,8 +13,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from turnrow.errors import UserError, near_matches
-from turnrow.selection import Batch, Chosen, GradientSums, InputNorms, Selection, choose_by_score, gather, needs_data
+from turnrow.selection import (
+    Batch,
+    Chosen,
+    ExpertInputNorms,
+    GradientSums,
+    InputNorms,
+    Selection,
+    choose_by_score,
+    gather,
+    needs_data,
+)
 from turnrow.tuners.rocoft.config import RocoftConfig
+from turnrow.tuners.rocoft.experts import RocoftExpertWeight
 from turnrow.tuners.rocoft.layer import RocoftLayer
 from turnrow.tuners.rocoft.linear import RocoftLinear
 from turnrow.tuners.rocoft.parts import Part, choosable, is_given, parts_of_mode
@@ -22,6 +33,8 @@ from turnrow.tuners.rocoft.parts import Part, choosable, is_given, parts_of_mode
 __all__ = ["select"]
 
 log = logging.getLogger(__name__)
+
+_Layer = RocoftLinear | RocoftExpertWeight
 
 _LISTED_MODULES = 3
 
@@ -48,8 +61,8 @@ def select(
             used as they are.
 
     Returns:
-        The choice of every module, with the share of all scores that it covers. A module that no data reached keeps its
-        first rows, columns or entries, and a warning is logged.
+        The choice of every module and fused weight, with the share of all scores that it covers. A module that no data reached
+        keeps its first rows, columns or entries, and a warning is logged; so does an expert that no token reached, without one.
 
     Raises:
         UserError: there is no such adapter, it is trained already, an adapter is merged, the strategy needs data and there is
@@ -102,24 +115,22 @@ def _config(model: nn.Module, adapter_name: str) -> RocoftConfig:
     return config
 
 
-def _layers(model: PeftModel | PeftMixedModel, adapter_name: str) -> dict[str, RocoftLinear]:
-    """The layers of an adapter by their names in the base model."""
+def _layers(model: PeftModel | PeftMixedModel, adapter_name: str) -> dict[str, _Layer]:
+    """The layers of an adapter by their names in the base model, those of fused weights by the names of the parameters."""
     base: Any = model.base_model
     # In a mixed model the layer may lie inside one of another method.
     return {
         name.replace(".base_layer", ""): module
         for name, module in base.model.named_modules()
-        if isinstance(module, RocoftLinear) and module.parts(adapter_name)
+        if isinstance(module, _Layer) and module.parts(adapter_name)
     }
 
 
-def _parts(layer: RocoftLinear, adapter_name: str) -> list[Part]:
+def _parts(layer: _Layer, adapter_name: str) -> list[Part]:
     return sorted(layer.parts(adapter_name), key=lambda part: part.name, reverse=True)
 
 
-def _check_untouched(
-    model: nn.Module, layers: dict[str, RocoftLinear], config: RocoftConfig, adapter_name: str
-) -> None:
+def _check_untouched(model: nn.Module, layers: dict[str, _Layer], config: RocoftConfig, adapter_name: str) -> None:
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer) and layer.merged:
             raise UserError(
@@ -136,7 +147,7 @@ def _check_untouched(
 
 def _score(
     model: PeftModel | PeftMixedModel,
-    layers: dict[str, RocoftLinear],
+    layers: dict[str, _Layer],
     batches: Iterable[Batch],
     config: RocoftConfig,
     adapter_name: str,
@@ -149,27 +160,42 @@ def _score(
         for name, layer in layers.items():
             for part in layer.parts(adapter_name):
                 scores = _scores(gathered[name], part.name, layer)
-                among = choosable(config, name, part.name, len(scores))
-                index = choose_by_score(
-                    config.selection, scores, len(part.index), among=among, module=name, part=part.name
-                )
+                count, size = part.index.shape[-1], scores.shape[-1]
+                among = choosable(config, name, part.name, size)
+                of_each = [
+                    choose_by_score(config.selection, own, count, among=among, module=module, part=part.name)
+                    for module, own in _matrices(name, scores)
+                ]
+                index = torch.stack(of_each) if layer.of_experts else of_each[0]
                 total = float(scores.sum())
-                chosen[name, part.name] = index, float(scores[index].sum()) / total if total else None
+                chosen[name, part.name] = index, float(scores.gather(-1, index).sum()) / total if total else None
     _warn_of_unreached(
         list(dict.fromkeys(name for (name, _), (_, share) in chosen.items() if share is None)), len(layers)
     )
     return chosen
 
 
-def _scores(statistic: InputNorms | GradientSums, part: str, layer: RocoftLinear) -> Tensor:
+def _matrices(name: str, scores: Tensor) -> list[tuple[str, Tensor]]:
+    """The scores of each matrix, and what to call it in an error."""
+    if scores.dim() == 1:
+        return [(name, scores)]
+    return [(f"{name}, expert {expert}", own) for expert, own in enumerate(scores)]
+
+
+def _scores(statistic: InputNorms | ExpertInputNorms | GradientSums, part: str, layer: _Layer) -> Tensor:
     if statistic.count == 0:
         sizes = {
             "row": layer.out_features,
             "column": layer.in_features,
             "entry": layer.out_features * layer.in_features,
         }
-        return torch.zeros(sizes[part])
-    return statistic.scores(part, layer.dense_values()) if isinstance(statistic, InputNorms) else statistic.scores(part)
+        return torch.zeros(layer._base.shape[0], sizes[part]) if layer.of_experts else torch.zeros(sizes[part])
+    if isinstance(statistic, GradientSums):
+        return statistic.scores(part)
+    if isinstance(layer, RocoftLinear):
+        return statistic.scores(part, layer.dense_values())
+    fused: Any = layer.get_base_layer()
+    return statistic.scores(part, fused.matrices(values=True))
 
 
 def _warn_of_unreached(names: list[str], layers: int) -> None:

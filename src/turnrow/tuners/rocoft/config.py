@@ -9,7 +9,8 @@ from peft.config import PeftConfig
 
 from turnrow.errors import UserError, near_matches
 from turnrow.ops.subspace import check_subspaces
-from turnrow.selection import STRATEGIES, check_strategy, read_indices
+from turnrow.selection import STRATEGIES, check_form, check_strategy, read_indices
+from turnrow.tuners._names import check_expression, check_names
 
 __all__ = ["RocoftConfig"]
 
@@ -128,10 +129,7 @@ class RocoftConfig(PeftConfig):
         from peft.utils.peft_types import PeftType
 
         self.peft_type = PeftType("ROCOFT")
-        if isinstance(self.target_parameters, str):
-            raise UserError(
-                f"target_parameters is {self.target_parameters!r}; it must be None or a list of names, such as [{self.target_parameters!r}]"
-            )
+        check_names(self)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -140,8 +138,7 @@ class RocoftConfig(PeftConfig):
         _check_choice("bias", self.bias, get_args(Bias))
         _check_rank("r", self.r)
         _check_density(self.mode, self.density)
-        for pattern, rank in (self.rank_pattern or {}).items():
-            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+        _check_ranks(self.rank_pattern)
         check_strategy(self.selection)
         if isinstance(self.selection_seed, bool) or not isinstance(self.selection_seed, int):
             raise UserError(f"selection_seed is {self.selection_seed!r}; it must be a whole number")
@@ -153,11 +150,13 @@ class RocoftConfig(PeftConfig):
                     "path of a file that turnrow select wrote"
                 )
             self.indices = read_indices(self.indices, self.mode)
-        if self.indices is not None and not isinstance(self.indices, (list, tuple, dict)):
+        elif self.indices is not None and not isinstance(self.indices, (list, tuple, dict)):
             raise UserError(
                 f"indices is {self.indices!r}; it must be None, a list of numbers, a dict from module names to lists, or the "
                 "path of a file that turnrow select wrote"
             )
+        elif self.indices is not None:
+            check_form(self.indices, "indices")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise UserError("layers_to_transform needs target_modules as a list of names, not a regular expression")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -174,6 +173,18 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _check_rank(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{name} is {value!r}; it must be a whole number of rows or columns, 1 or more")
+
+
+def _check_ranks(ranks: object) -> None:
+    if not isinstance(ranks, dict):
+        raise UserError(
+            f"rank_pattern is {ranks!r}; it must be a dict from module names to ranks, such as {{'q_proj': 8}}"
+        )
+    for pattern, rank in ranks.items():
+        if not isinstance(pattern, str):
+            raise UserError(f"rank_pattern names {pattern!r}; names of modules are texts, such as {str(pattern)!r}")
+        check_expression(pattern, "rank_pattern names")
+        _check_rank(f"rank_pattern[{pattern!r}]", rank)
 
 
 def _check_density(mode: str, density: object) -> None:

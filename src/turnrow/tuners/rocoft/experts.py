@@ -43,6 +43,7 @@ class RocoftExpertWeight(RocoftLayer):
         for part, index in chosen.items():
             shape = shape_of_part(part, chosen, self.out_features, self.in_features)
             self._add_part(adapter_name, config, part, (len(index), *shape), index)
+        self._await_selection(adapter_name, config, name)
         if config.bias != "none":
             self._add_bias(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -55,6 +56,8 @@ class RocoftExpertWeight(RocoftLayer):
             return {}
         active, base = self.active, self._base
         found: dict[str, Tensor] = {}
+        if self._unselected:
+            self._refuse_unselected(self.active_adapters, active.parts)
         if self._may_go_live(active):
             if is_rehearsal():
                 raise NotImplementedError("how many tokens each expert gets depends on the values of the tokens")

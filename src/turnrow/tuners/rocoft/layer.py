@@ -13,18 +13,22 @@ The layer is built up in steps: the adapters' tensors (`tensors`), the live weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.func import functional_call
 
 from turnrow.errors import UserError
+from turnrow.selection import needs_data
+from turnrow.tuners._dense import is_rehearsal
 from turnrow.tuners._quantized import Original, Requantizer
+from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.merging import MergingLayer
-from turnrow.tuners.rocoft.parts import Part
+from turnrow.tuners.rocoft.parts import PARTS, Part, is_given
 
 __all__ = ["RocoftLayer"]
 
@@ -34,7 +38,29 @@ class RocoftLayer(MergingLayer):
 
     def __init__(self, base_layer: Any, adapter_name: str, requantize: Requantizer | None = None) -> None:
         super().__init__(base_layer, adapter_name, requantize)
+        self._unselected: set[str] = set()
+        """Adapters whose rows, columns or entries are still to be chosen by data."""
         self.register_load_state_dict_post_hook(_look_up_after_loading)
+
+    # --- what is chosen by data --------------------------------------------------------------------------------------
+
+    def set_index(self, adapter_name: str, part: str, index: Tensor) -> None:
+        """As in `AdapterTensors`; the adapter may be trained from now on."""
+        super().set_index(adapter_name, part, index)
+        self._unselected.discard(adapter_name)
+
+    def _await_selection(self, adapter_name: str, config: RocoftConfig, name: str) -> None:
+        """Remember that the adapter may not be trained yet, if what it trains in the module called `name` is chosen by data."""
+        if needs_data(config.selection) and not is_given(config, name):
+            self._unselected.add(adapter_name)
+
+    def _refuse_unselected(self, adapters: Iterable[str], parts: Iterable[Part]) -> None:
+        unselected = set() if is_rehearsal() else self._unselected.intersection(adapters)
+        if unselected and torch.is_grad_enabled() and any(part.parameter.requires_grad for part in parts):
+            raise UserError(
+                f"adapter {min(unselected)!r} selects what it trains by data, and has seen none: call "
+                "turnrow.select(model, batches) before training, or name the indices in its config"
+            )
 
     # --- whatever needs W0 restores it first -----------------------------------------------------------------------
 
@@ -54,18 +80,23 @@ class RocoftLayer(MergingLayer):
         """As in peft; the base is restored at once."""
         self._adapters_change()
         super().delete_adapter(adapter_name)
+        self._unselected.discard(adapter_name)
         self._active = None
         _ = self.active
 
     @contextmanager
     def replacing(self, adapter_name: str) -> Iterator[None]:
-        """As in every layer. A backward pass whose forward was before is refused by autograd: it would find another weight."""
+        """As in every layer; what comes from a file was chosen.
+
+        A backward pass whose forward was before is refused by autograd: it would find another weight.
+        """
         self._adapters_change()  # the base is restored by the old indices
         weight = getattr(self._base, "weight", None)
         if isinstance(weight, Tensor):
             increment_version(weight)
         try:
             yield
+            self._unselected.discard(adapter_name)
         finally:
             _ = self.active
 
@@ -86,9 +117,15 @@ class RocoftLayer(MergingLayer):
         self.restore_base()
         return super().state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._adapters_change()
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # A saved adapter brings its indices along.
+        self._unselected = {
+            name
+            for name in self._unselected
+            if not any(f"{prefix}rocoft_{part}_index.{name}" in state_dict for part in PARTS)
+        }
 
     # --- forward ---------------------------------------------------------------------------------------------------
 

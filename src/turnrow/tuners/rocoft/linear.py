@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from turnrow.errors import UserError
-from turnrow.selection import needs_data
-from turnrow.tuners._dense import features, is_rehearsal, is_sharded, may_change_in_place
+from turnrow.tuners._dense import features, is_sharded, may_change_in_place
 from turnrow.tuners._mixed_batch import MixedBatch
 from turnrow.tuners._quantized import Requantizer, refuse_cut_gradient, values_of
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.layer import RocoftLayer
 from turnrow.tuners.rocoft.mixed import StackedParts, stack_bias, stack_parts
-from turnrow.tuners.rocoft.parts import PARTS, Part, choose_indices, is_given, shape_of_part
+from turnrow.tuners.rocoft.parts import PARTS, choose_indices, shape_of_part
 from turnrow.tuners.rocoft.tensors import Active
 
 __all__ = ["RocoftLinear"]
@@ -37,8 +34,6 @@ class RocoftLinear(RocoftLayer):
     ) -> None:
         super().__init__(base_layer, adapter_name, requantize)
         self.out_features, self.in_features = features(self._base)
-        self._unselected: set[str] = set()
-        """Adapters whose rows, columns or entries are still to be chosen by data."""
         self.update_layer(adapter_name, config, name)
 
     def update_layer(self, adapter_name: str, config: RocoftConfig, name: str) -> None:
@@ -47,23 +42,10 @@ class RocoftLinear(RocoftLayer):
         for part, index in chosen.items():
             shape = shape_of_part(part, chosen, self.out_features, self.in_features)
             self._add_part(adapter_name, config, part, shape, index)
-        if needs_data(config.selection) and not is_given(config, name):
-            self._unselected.add(adapter_name)
+        self._await_selection(adapter_name, config, name)
         if config.bias != "none":
             self._add_bias(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def set_index(self, adapter_name: str, part: str, index: Tensor) -> None:
-        """As in every layer; the adapter may be trained from now on."""
-        super().set_index(adapter_name, part, index)
-        self._unselected.discard(adapter_name)
-
-    @contextmanager
-    def replacing(self, adapter_name: str) -> Iterator[None]:
-        """As in every layer; what comes from a file was chosen."""
-        with super().replacing(adapter_name):
-            yield
-        self._unselected.discard(adapter_name)
 
     def set_settled(self, adapter_name: str, part: str, index: Tensor, delta: Tensor) -> None:
         """Hold a difference without training it, in the place of what was settled before.
@@ -102,21 +84,10 @@ class RocoftLinear(RocoftLayer):
         self.restore_base()
         return self._values() if self.quantization_backend is None else values_of(self)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """As in peft."""
-        super().delete_adapter(adapter_name)
-        self._unselected.discard(adapter_name)
-
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for adapter_name in self._available_adapters:
             self.make_room_for_settled(adapter_name, state_dict, prefix, f".{adapter_name}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # A saved adapter brings its indices along.
-        self._unselected = {
-            name
-            for name in self._unselected
-            if not any(f"{prefix}rocoft_{part}_index.{name}" in state_dict for part in PARTS)
-        }
 
     def make_room_for_settled(
         self, adapter_name: str, state_dict: Mapping[str, Any], prefix: str, suffix: str = ""
@@ -150,7 +121,7 @@ class RocoftLinear(RocoftLayer):
                 self.unmerge()
             return self._held_for_backward(self.base_layer(x, *args, **kwargs), x)
         active = self.active
-        if self._unselected and not is_rehearsal():
+        if self._unselected:
             self._refuse_unselected(self.active_adapters, active.parts)
         if active.adapters == 1 and self._may_go_live():
             return self._live_forward(active, x, args, kwargs)
@@ -161,14 +132,6 @@ class RocoftLinear(RocoftLayer):
         for part in active.parts:
             y = part.ops.overlay(y, x, part.delta(), part.index)
         return y
-
-    def _refuse_unselected(self, adapters: Iterable[str], parts: Iterable[Part]) -> None:
-        unselected = self._unselected.intersection(adapters)
-        if unselected and torch.is_grad_enabled() and any(part.parameter.requires_grad for part in parts):
-            raise UserError(
-                f"adapter {min(unselected)!r} selects what it trains by data, and has seen none: call "
-                "turnrow.select(model, batches) before training, or name the indices in its config"
-            )
 
     def _live_forward(self, active: Active, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
         self._go_live(active)

@@ -14,15 +14,16 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
-from turnrow.errors import UserError, near_matches
+from turnrow.errors import UserError
 from turnrow.ops.experts import fused_weights
 from turnrow.tuners._dense import bare, features
 from turnrow.tuners._experts import resolve_experts
 from turnrow.tuners._mixed_batch import MixedBatchModel
+from turnrow.tuners._names import check_named
 from turnrow.tuners._quantized import is_linear, requantizer
 from turnrow.tuners._quantized_model import QuantizedModelMixin
 from turnrow.tuners._targets import covers_all_layers, resolve_targets
-from turnrow.tuners._walk import find_experts, find_named
+from turnrow.tuners._walk import find_experts
 from turnrow.tuners.rocoft.bias import RocoftBias
 from turnrow.tuners.rocoft.config import RocoftConfig
 from turnrow.tuners.rocoft.experts import RocoftExperts
@@ -57,13 +58,9 @@ class RocoftModel(MixedBatchModel, QuantizedModelMixin):
         _check_experts_are_free(experts, model)
         _check_linear(targets, model)
         names = [*targets, *experts]
-        unknown = [key for key in named_modules(peft_config) if not find_named(key, names)]
-        if unknown:
-            ends = {end for name in names for end in (name, name.rpartition(".")[2])}
-            raise UserError(
-                f"indices name modules that are not among the target modules: "
-                f"{', '.join(f'{key!r}{near_matches(key, ends)}' for key in unknown)}"
-            )
+        check_named("indices", named_modules(peft_config), names)
+        if isinstance(peft_config.within, dict):
+            check_named("within", peft_config.within, names)
         for name, module in targets.items():
             choose_indices(peft_config, name, *features(module))
         for name, weight in experts.items():

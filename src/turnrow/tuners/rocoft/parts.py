@@ -148,11 +148,6 @@ def choose_expert_indices(config: RocoftConfig, name: str, shape: tuple[int, int
     count, out_features, in_features = shape
     sizes = {"row": out_features, "column": in_features, "entry": out_features * in_features}
     given = _given(config, name)
-    if given is None and needs_data(config.selection):
-        raise UserError(
-            f"selection {config.selection!r} looks at data, which it cannot do for the experts of {name!r}: choose 'first', 'last', "
-            "'uniform' or 'random', name their indices, or leave them out of target_parameters"
-        )
     if given is None or not any(_is_nested(lists) for lists in given.values()):
         chosen = choose_indices(config, name, out_features, in_features)
         return {part: index.repeat(count, 1) for part, index in chosen.items()}
