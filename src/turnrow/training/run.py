@@ -24,7 +24,13 @@ from turnrow.tasks import Task, make_task
 from turnrow.training.base import input_limit, load_base
 from turnrow.training.batches import model_columns
 from turnrow.training.calibration import calibrate
-from turnrow.training.checkpoints import SealAndRotate, check_processes, discard_incomplete, last_complete
+from turnrow.training.checkpoints import (
+    SaveAfterEvaluation,
+    SealAndRotate,
+    check_processes,
+    discard_incomplete,
+    last_complete,
+)
 from turnrow.training.folder import RunFolder
 from turnrow.training.interrupt import Interrupted, StopOnInterrupt
 from turnrow.training.measure import peak_memory, reset_peak_memory
@@ -145,6 +151,7 @@ def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder,
             *_reselection(recipe, task, base.tokenizer, splits["train"].encoded, model, args),
             SealAndRotate(kept_checkpoints(recipe)),
             interrupt,
+            SaveAfterEvaluation(),
             *([bars] if shows else []),
         ],
         rate_factors=recipe.learning_rate_factors,
