@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["GenerationTask", "checked_generation", "refuse_empty", "room_for_prompt"]
+__all__ = ["GenerationTask", "checked_generation", "refuse_empty", "room_for_prompt", "room_to_go_on"]
 
 # Those of transformers' GenerationConfig that would change what the run hands back, or that the tokenizer decides.
 _RESERVED = (
@@ -195,6 +195,22 @@ def room_for_prompt(limit: int, generation: Mapping[str, Any]) -> int:
             "nothing for the prompt; raise max_length or lower max_new_tokens"
         )
     return limit - int(answer)
+
+
+def room_to_go_on(limit: int, positions: int | None, generation: Mapping[str, Any]) -> int:
+    """Return the tokens of a prompt of up to `limit` tokens and of the longest answer to it, as far as the model has positions.
+
+    For tasks that learn from a prompt with its answer within `limit`, and let the model go on only with what is predicted.
+    """
+    answer = int(generation["max_new_tokens"])
+    if positions is None:
+        return limit + answer
+    if positions <= answer:
+        raise UserError(
+            f"the model has {positions} positions, and an answer that it is asked for may take task.generation.max_new_tokens = {answer} "
+            "of them, which leaves nothing for the prompt; lower max_new_tokens"
+        )
+    return min(limit + answer, positions)
 
 
 def checked_generation(options: object) -> dict[str, Any]:

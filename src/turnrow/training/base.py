@@ -34,6 +34,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "position_limit",
+    "prediction_limit",
     "whole_modules",
 ]
 
@@ -216,7 +217,12 @@ def input_limit(max_length: int | None, base: Base) -> int | None:
     return positions
 
 
-def position_limit(model: PreTrainedModel) -> int | None:
+def prediction_limit(task: Task, limit: int | None, model: Any) -> int | None:
+    """The `limit` of `input_limit` for what is predicted, which the model may go on with; UserError where that leaves no prompt."""
+    return None if limit is None else task.prediction_length(limit, position_limit(model))
+
+
+def position_limit(model: Any) -> int | None:
     """How many positions the model has; None if its config does not say."""
     tables = [
         module

@@ -21,7 +21,7 @@ from turnrow.files import write_json, write_lines
 from turnrow.pretrained import without_weight_bars
 from turnrow.selection import Selection
 from turnrow.tasks import Task, make_task
-from turnrow.training.base import input_limit, load_base
+from turnrow.training.base import input_limit, load_base, prediction_limit
 from turnrow.training.batches import model_columns
 from turnrow.training.calibration import calibrate
 from turnrow.training.checkpoints import (
@@ -124,6 +124,8 @@ def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder,
         model_config=recipe.model_config,
     )
     limit = input_limit(recipe.max_length, base)
+    # What could never be predicted with is refused before it is trained.
+    prediction_limit(task, limit, base.model)
     shows = is_first() and not args.disable_tqdm
     with without_dataset_bars(not shows):
         splits = {

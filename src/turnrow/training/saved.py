@@ -24,7 +24,7 @@ from turnrow.errors import UserError
 from turnrow.files import whole_folder, write_json, write_lines
 from turnrow.pretrained import without_load_report, without_weight_bars
 from turnrow.tasks import Task, plain_columns, read_table, task_from_dict
-from turnrow.training.base import load_base, load_tokenizer
+from turnrow.training.base import load_base, load_tokenizer, prediction_limit
 from turnrow.training.loss import use_loss_of
 from turnrow.training.quiet import without_dataset_bars
 from turnrow.training.recipe import Recipe
@@ -196,7 +196,8 @@ def predict(
     given = read_table(data, split) if isinstance(data, str) else Dataset.from_list([dict(row) for row in data])
     table = saved.task.in_our_form(given)
     with without_dataset_bars(quiet):
-        encoded = saved.task.encode(table, saved.tokenizer, saved.max_length, split="predict")
+        limit = prediction_limit(saved.task, saved.max_length, saved.model)
+        encoded = saved.task.encode(table, saved.tokenizer, limit, split="predict")
     predictions, _ = saved.predict(encoded, "predict", progress=None if quiet else "predicting")
     rows = prediction_rows(saved.task, table, encoded, predictions)
     if output is not None:
