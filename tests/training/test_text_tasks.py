@@ -195,6 +195,8 @@ def test_a_prompt_is_answered_beyond_the_length_that_was_trained(base: Path) -> 
 
 def test_an_answer_that_leaves_no_prompt_is_refused_before_training(base: Path) -> None:
     task = {"name": "instruction", "prompt": "{instruction}:", "generation": {"max_new_tokens": 96}}
-    with pytest.raises(UserError, match=r"has 96 positions, .*max_new_tokens = 96 of them, .* prompt; lower max_new_tokens"):
+    with pytest.raises(
+        UserError, match=r"has 96 positions, .*max_new_tokens = 96 of them, .* prompt; lower max_new_tokens"
+    ):
         train(recipe(base, task, SUMS))
     assert not (base.parent / "run").exists()

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
 
 from turnrow.errors import UserError, near_matches
 from turnrow.tasks.columns import describe_split, require_columns
@@ -230,11 +230,29 @@ def checked_generation(options: object) -> dict[str, Any]:
             )
         if name in ("max_new_tokens", "num_beams") and not (_is_count(value) and value >= 1):
             raise UserError(f"generation.{name} must be a whole number from 1, got {value!r}")
+        if value is None:
+            continue
+        if name in ("top_k", "no_repeat_ngram_size", "min_new_tokens") and not (_is_count(value) and value >= 0):
+            raise UserError(f"generation.{name} must be a whole number from 0, got {value!r}")
+        if name in ("temperature", "top_p", "repetition_penalty") and not (_is_number(value) and value > 0):
+            raise UserError(f"generation.{name} must be a number above 0, got {value!r}")
+        if name == "length_penalty" and not _is_number(value):
+            raise UserError(f"generation.{name} must be a number, got {value!r}")
+    try:
+        GenerationConfig(**options).validate(strict=True)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"generation is {dict(options)!r}, and transformers says: {' '.join(str(error).split())}"
+        ) from error
     return dict(options)
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def refuse_empty(ids: list[int], place: str) -> None:

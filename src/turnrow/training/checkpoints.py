@@ -77,7 +77,7 @@ class SaveAfterEvaluation(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take the wish for a checkpoint back, if the epoch ends here."""
-        if control.should_save and state.epoch is not None and not state.epoch % 1:
+        if control.should_save and not state.epoch % 1:
             self._put_off, control.should_save = True, False
 
     def on_epoch_end(
