@@ -126,7 +126,7 @@ def load_saved(path: str | Path, model: str | None = None) -> SavedModel:
     if (folder / "adapter_config.json").is_file():
         held = described["base"]
         settings = {key: held.get(key) for key in ("quantization", "model_config")}
-        base = load_base(name, task, dtype=held["dtype"], **settings)
+        base = load_base(name, task, dtype=held["dtype"], adapted=True, **settings)
         adapted: PreTrainedModel | PeftModel = load_adapter(base.model, folder)
     elif model is not None:
         raise UserError(f"{folder} holds a whole model, which needs no base; leave out the model {model!r}")
