@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from tempfile import mkdtemp, mkstemp
 from typing import Any
 
-__all__ = ["whole_folder", "write_bytes", "write_json", "write_lines", "write_text"]
+__all__ = ["finite_or_null", "whole_folder", "write_bytes", "write_json", "write_lines", "write_text"]
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -41,8 +42,17 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write one JSON value, indented."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write one JSON value, indented; see `finite_or_null`."""
+    write_text(path, json.dumps(finite_or_null(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def finite_or_null(value: Any) -> Any:
+    """Return `value` with None in place of each number that is not finite, such as a perplexity that overflows: JSON has none."""
+    if isinstance(value, dict):
+        return {key: finite_or_null(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

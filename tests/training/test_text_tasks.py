@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from turnrow.cli.train import _show
 from turnrow.errors import UserError
 from turnrow.tasks import CATALOG
 from turnrow.training import Recipe, evaluate_adapter, predict, train
@@ -200,3 +201,22 @@ def test_an_answer_that_leaves_no_prompt_is_refused_before_training(base: Path) 
     ):
         train(recipe(base, task, SUMS))
     assert not (base.parent / "run").exists()
+
+
+def test_a_perplexity_that_overflows_is_written_as_null(base: Path) -> None:
+    task = {"name": "instruction", "prompt": "{instruction}:", "generation": {"max_new_tokens": 4}}
+    method = {"name": "lora", "r": 1, "target_modules": "all-linear"}
+    made = recipe(base, task, SUMS, method=method, training={"max_steps": 1, "eval_strategy": "epoch"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("turnrow.tasks.likelihood.perplexity", lambda loss: float("inf"))
+        result = train(made)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    folder = result.folder
+    assert json.loads(folder.metrics.read_text(), parse_constant=refuse)["after"]["perplexity"] is None
+    for line in (folder.history.read_text() + folder.predictions.read_text()).splitlines():
+        json.loads(line, parse_constant=refuse)
+    # As the command line does of a finished run.
+    _show(train(made, resume=True))

@@ -35,10 +35,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the metrics as JSON, in full precision."""
     from pathlib import Path
 
-    from turnrow.files import write_json
+    from turnrow.files import finite_or_null, write_json
 
     metrics = _on_rows(args) if args.harness is None else _by_harness(args)
-    print(json.dumps(metrics, indent=2))
+    print(json.dumps(finite_or_null(metrics), indent=2))
     if args.output:
         write_json(Path(args.output), metrics)
     return 0

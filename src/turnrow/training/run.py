@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from turnrow import __version__, count_parameters
 from turnrow.adapters import whole_state_dict
-from turnrow.files import write_json, write_lines
+from turnrow.files import finite_or_null, write_json, write_lines
 from turnrow.pretrained import without_weight_bars
 from turnrow.selection import Selection
 from turnrow.tasks import Task, make_task
@@ -301,10 +301,10 @@ def _write(
     # For whoever gets the adapter alone: what it was trained with and how well it did. No timings and no place of this
     # run, so that the same run gives the same files.
     kept = {name: value for name, value in recipe.to_dict().items() if name != "output_dir"}
-    figures = {name: metrics[name] for name in ("before", "after")}
+    figures = finite_or_null({name: metrics[name] for name in ("before", "after")})
     save_run(folder.adapter, current, recipe, provenance={"recipe": kept, "metrics": figures}, state=state)
     write_predictions(folder.predictions, rows)
-    write_lines(folder.history, [json.dumps(entry) + "\n" for entry in history])
+    write_lines(folder.history, [json.dumps(finite_or_null(entry)) + "\n" for entry in history])
     draw_curve(folder.curve, history, metrics)
     write_report(folder.report, folder.curve, recipe, metrics, rows)
     write_json(folder.metrics, metrics)

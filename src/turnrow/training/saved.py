@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from turnrow.adapters import load_adapter, write_manifest
 from turnrow.errors import UserError
-from turnrow.files import whole_folder, write_json, write_lines
+from turnrow.files import finite_or_null, whole_folder, write_json, write_lines
 from turnrow.pretrained import without_load_report, without_weight_bars
 from turnrow.tasks import Task, plain_columns, read_table, task_from_dict
 from turnrow.training.base import load_base, load_tokenizer, prediction_limit
@@ -219,7 +219,7 @@ def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if path.name.lower().endswith(".json"):
         write_json(path, list(rows))
         return
-    write_lines(path, [json.dumps(row, ensure_ascii=False) + "\n" for row in rows])
+    write_lines(path, [json.dumps(finite_or_null(row), ensure_ascii=False) + "\n" for row in rows])
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
