@@ -81,6 +81,15 @@ def test_targets_that_do_not_exist_are_an_error_of_the_user(base: Base) -> None:
         trained(base, {"name": "lora", "target_modules": ["nowhere"]})
 
 
+def test_modules_to_save_that_do_not_exist_are_refused(base: Base) -> None:
+    with pytest.raises(
+        UserError, match="method lora: modules_to_save names 'poler', .* BertFor.*; did you mean 'pooler'"
+    ):
+        trained(base, {"name": "lora", "target_modules": ["query"], "modules_to_save": ["poler"]})
+    names = trained(base, {"name": "lora", "target_modules": ["query"], "modules_to_save": ["bert.pooler"]})
+    assert any("pooler.modules_to_save" in name for name in names)
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from turnrow.adapters import load_adapter, write_manifest
 from turnrow.errors import UserError
-from turnrow.files import finite_or_null, whole_folder, write_json, write_lines
+from turnrow.files import check_output, finite_or_null, whole_folder, write_json, write_lines
 from turnrow.pretrained import without_load_report, without_weight_bars
 from turnrow.tasks import Task, plain_columns, read_table, task_from_dict
 from turnrow.training.base import load_base, load_tokenizer, prediction_limit
@@ -191,7 +191,12 @@ def predict(
 
     Returns:
         One row per example: the task's columns as far as the data have them, and what the task makes of the prediction.
+
+    Raises:
+        UserError: as of `load_saved`; or no file can be written at `output`.
     """
+    if output is not None:
+        check_output(Path(output), "output")
     saved = load_saved(path, model)
     given = read_table(data, split) if isinstance(data, str) else Dataset.from_list([dict(row) for row in data])
     table = saved.task.in_our_form(given)
