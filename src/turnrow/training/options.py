@@ -58,5 +58,5 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     except ArgumentError as error:
         # One for every type that the field may have.
         kinds = re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", str(error), flags=re.MULTILINE)
-        expected = re.sub(r"<class '(\w+)'>", r"\1", " or ".join(kinds)) or str(hint)
+        expected = re.sub(r"<class '(\w+)'>", r"\1", " or ".join(kinds)).replace("NoneType", "null") or str(hint)
         raise UserError(f"{where} is {value!r}; expected {expected}") from None
