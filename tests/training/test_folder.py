@@ -45,6 +45,12 @@ def test_resume_and_overwrite_exclude_each_other(folder: RunFolder, make_recipe:
         folder.check(make_recipe(), resume=True, overwrite=True)
 
 
+def test_a_folder_under_a_file_is_refused(folder: RunFolder, make_recipe: MakeRecipe) -> None:
+    folder.root.touch()
+    with pytest.raises(UserError, match="inner' lies under '.*run', which is a file; choose another"):
+        RunFolder(folder.root / "deep" / "inner").check(make_recipe(), resume=False, overwrite=False)
+
+
 def test_a_file_is_no_folder(folder: RunFolder, make_recipe: MakeRecipe) -> None:
     folder.root.touch()
     with pytest.raises(UserError, match="is a file; choose a folder"):

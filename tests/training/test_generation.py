@@ -22,6 +22,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from turnrow.errors import UserError
 from turnrow.tasks import TASKS, GenerationTask, make_task
 from turnrow.training import Recipe, evaluate_adapter, predict, train
 from turnrow.training.generation import texts
@@ -138,12 +139,39 @@ def test_an_answer_is_that_of_generate_alone() -> None:
     )
     rows = Dataset.from_dict({"word": ["a", "abcdefgh", "abc"]})
     encoded = task.encode(rows, tokenizer, 40, split="predict")
-    written = predict_split(
+    answers = predict_split(
         task, model, tokenizer, encoded, {"per_device_eval_batch_size": 3}, split="predict"
     ).predictions
-    for ids, text in zip(encoded["input_ids"], written, strict=True):
+    for ids, text in zip(encoded["input_ids"], answers, strict=True):
         alone = model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False, pad_token_id=1)
         assert text == tokenizer.decode(alone[0, len(ids) :], skip_special_tokens=True).strip()
+
+
+def written(word: str, **generation: Any) -> str:
+    """What a random model makes of a word."""
+    task = make_task("backwards", generation={"max_new_tokens": 5, **generation})
+    tokenizer = byte_tokenizer()
+    encoded = task.encode(Dataset.from_dict({"word": [word]}), tokenizer, 40, split="predict")
+    return str(predict_split(task, decoder().eval(), tokenizer, encoded, {}, split="predict").predictions[0])
+
+
+def test_an_answer_ends_with_the_text_that_the_options_name() -> None:
+    end = byte_tokenizer().convert_tokens_to_ids("a")
+    others = [token for token in range(258) if token != end]
+    assert written("b", suppress_tokens=others) == "aaaaa"
+    assert written("b", suppress_tokens=others, stop_strings=["aa"]) == "aa"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bad_words_ids": 3}, r"'bad_words_ids': 3}: `bad_words_ids` has to be a non-empty list, but is 3"),
+        ({"forced_eos_token_id": "x"}, "'forced_eos_token_id': 'x'}: new"),
+    ],
+)
+def test_what_the_model_refuses_is_an_error_of_the_user(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"the model cannot answer with task.generation: .*{message}"):
+        written("b", **options)
 
 
 def test_a_base_that_would_draw_at_random_is_greedy_here(tmp_path: Path, words: dict[str, str]) -> None:

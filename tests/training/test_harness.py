@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from turnrow.cli.main import main
 from turnrow.errors import UserError
 from turnrow.training import Recipe, train
-from turnrow.training.harness import evaluate_with_harness
+from turnrow.training.harness import _broken, evaluate_with_harness
 from turnrow.training.saved import load_saved
 
 pytest.importorskip("lm_eval", reason="needs turnrow[eval]")
@@ -119,6 +120,38 @@ def test_the_command_writes_what_it_prints(
     assert printed["n-samples"]["colours"]["effective"] == 2
     assert main(["evaluate", "--adapter", str(adapter), "--data", "x.jsonl", "--limit", "2"]) == 2
     assert "--limit is for the harness: give --harness TASKS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--limit", "0"], ["--num-fewshot", "0"], ["--batch-size", "0"], ["--chat"]])
+def test_options_of_the_harness_are_for_the_harness(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--adapter", "nowhere", "--data", "x.jsonl", *words]) == 2
+    assert f"{words[0]} is for the harness: give --harness TASKS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 0}, "limit is 0; expected a whole number from 1"),
+        ({"num_fewshot": -1}, "num_fewshot is -1; expected a whole number from 0"),
+        ({"batch_size": 0}, "batch_size is 0; expected a whole number from 1"),
+        ({"tasks": []}, "no task of the harness is named"),
+        ({"include": "nowhere"}, "there is no folder 'nowhere' with tasks of your own"),
+    ],
+)
+def test_what_the_harness_cannot_do_is_refused_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate_with_harness("no_adapter", **{"tasks": ["colours"], **options})
+
+
+def test_rows_that_cannot_be_read_are_said_in_one_line(adapter: Path, tasks: Path) -> None:
+    (tasks / "rows.jsonl").unlink()
+    with pytest.raises(UserError, match="^the harness cannot read what colours asks for: .*rows.jsonl.*$"):
+        evaluate_with_harness(adapter, ["colours"], include=tasks)
+
+
+def test_a_file_of_tasks_that_is_no_yaml_is_named(tasks: Path) -> None:
+    (tasks / "colours.yaml").write_text("task: [colours")
+    assert re.fullmatch(r".*colours.yaml is not readable as YAML: while parsing [^\n]*", _broken(tasks))
 
 
 def test_an_adapter_of_peft_alone_is_evaluated_too(adapter: Path, tasks: Path) -> None:

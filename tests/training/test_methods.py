@@ -81,13 +81,22 @@ def test_targets_that_do_not_exist_are_an_error_of_the_user(base: Base) -> None:
         trained(base, {"name": "lora", "target_modules": ["nowhere"]})
 
 
+def test_modules_to_save_that_do_not_exist_are_refused(base: Base) -> None:
+    with pytest.raises(
+        UserError, match="method lora: modules_to_save names 'poler', .* BertFor.*; did you mean 'pooler'"
+    ):
+        trained(base, {"name": "lora", "target_modules": ["query"], "modules_to_save": ["poler"]})
+    names = trained(base, {"name": "lora", "target_modules": ["query"], "modules_to_save": ["bert.pooler"]})
+    assert any("pooler.modules_to_save" in name for name in names)
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [
         ({"r": 1}, "method has no name"),
         ({"name": "lorra"}, "there is no method 'lorra'; did you mean 'lora'"),
         ({"name": "lora", "ranks": 1}, "method lora has no field 'ranks'"),
-        ({"name": "lora", "r": "x"}, "method lora.r is 'x'; expected a <class 'int'>"),
+        ({"name": "lora", "r": "x"}, "method lora.r is 'x'; expected int$"),
         ({"name": "lora", "r": 4, "layers_pattern": "x"}, "method lora: .*layers_to_transform"),
         ({"name": "full", "r": 1}, "method full has no field 'r'"),
         ({"name": "bitfit", "r": 1}, "method bitfit has no field 'r'"),

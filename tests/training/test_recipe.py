@@ -152,6 +152,24 @@ def test_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
         Recipe.from_dict(valid(**changes))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("learning_rate", -1, "from 0$"),
+        ("learning_rate", float("nan"), "from 0$"),
+        ("adam_beta1", 1.5, "from 0 and below 1$"),
+        ("adam_beta2", 1, "from 0 and below 1$"),
+        ("per_device_train_batch_size", 0, "from 1$"),
+        ("per_device_eval_batch_size", -2, "from 1$"),
+        ("gradient_accumulation_steps", 0, "from 1$"),
+        ("dataloader_num_workers", -1, "from 0$"),
+    ],
+)
+def test_training_arguments_out_of_their_range_are_refused(name: str, value: float, expected: str) -> None:
+    with pytest.raises(UserError, match=rf"training\.{name} is {value}.*; expected a number {expected}"):
+        Recipe.from_dict(valid(training={name: value}))
+
+
 def test_missing_fields_are_named() -> None:
     with pytest.raises(UserError, match="the recipe lacks method, output_dir"):
         Recipe.from_dict({k: v for k, v in valid().items() if k not in ("method", "output_dir")})

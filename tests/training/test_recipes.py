@@ -94,7 +94,7 @@ def test_a_shipped_recipe_runs(
     monkeypatch.setattr("turnrow.training.curve.draw_curve", lambda *_: None)
     monkeypatch.setattr("turnrow.training.report.write_report", lambda *_: None)
     recipe["training"] |= quick
-    if task.generates("test"):
+    if task.generation_options():
         recipe["task"]["generation"] = {**task.generation_options(), "max_new_tokens": 2}
     if recipe["method"]["name"] == "road":
         # The tiny bases have fewer features than a group of RoAd by default.

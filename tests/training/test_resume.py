@@ -104,6 +104,21 @@ def test_the_best_checkpoint_is_found_again_after_a_resume(
     assert (resumed.adapter / name).read_bytes() == (whole.adapter / name).read_bytes()
 
 
+def test_a_checkpoint_at_the_end_of_an_epoch_holds_the_evaluation_there(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    changes = {"method": METHODS["lora"], "training": {"save_steps": 4, "eval_strategy": "epoch"}}
+    whole = train(make_recipe(**changes, output_dir=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        crash(patch, 5)
+        with pytest.raises(CrashError):
+            train(make_recipe(**changes))
+    resumed = train(make_recipe(**changes), resume=True)
+    assert resumed.metrics["resumed_from_step"] == 4
+    assert (resumed.adapter / WEIGHTS).read_bytes() == (whole.adapter / WEIGHTS).read_bytes()
+    assert [run.folder.history.read_text().count("eval_loss") for run in (whole, resumed)] == [2, 2]
+
+
 def test_a_run_without_a_checkpoint_starts_from_the_beginning(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

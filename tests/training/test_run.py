@@ -183,3 +183,13 @@ def test_a_label_unseen_in_training_is_refused_before_the_folder_is_made(make_re
     with pytest.raises(UserError, match="label 7 .*not seen in training"):
         train(recipe)
     assert not Path(recipe.output_dir).exists()
+
+
+def test_a_metric_without_a_value_for_the_validation_split_cannot_choose_a_checkpoint(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    rows = tmp_path / "three.jsonl"
+    rows.write_text("".join(json.dumps({"sentence": "a story", "label": label}) + "\n" for label in (0, 1, 2) * 2))
+    data = dict.fromkeys(("train", "validation", "test"), str(rows))
+    with pytest.raises(UserError, match="metric_for_best_model is 'f1', which has no value .* accuracy, f1_macro, "):
+        train(make_recipe(data=data, training={"metric_for_best_model": "f1"}))

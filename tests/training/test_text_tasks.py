@@ -10,6 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from turnrow.cli.train import _show
+from turnrow.errors import UserError
 from turnrow.tasks import CATALOG
 from turnrow.training import Recipe, evaluate_adapter, predict, train
 
@@ -176,3 +178,45 @@ def test_answers_are_written_in_the_form_that_alpaca_eval_reads(base: Path) -> N
     frame = pandas.read_json(file)
     assert list(frame.columns) == ["instruction", "output", "generator"]
     assert frame.to_dict("records")[0] == {"instruction": "one+one", "output": "1+1 #### 2", "generator": "tiny"}
+
+
+def test_a_prompt_is_answered_beyond_the_length_that_was_trained(base: Path) -> None:
+    """`max_length` is for a prompt with its answer, and here no longer than an answer alone may be."""
+    task = {"name": "instruction", "prompt": "{instruction}:", "generation": {"max_new_tokens": 40}}
+    once = {"num_train_epochs": 1}
+    adapter = train(recipe(base, task, SUMS, max_length=40, training=once)).adapter
+    long = [{"instruction": "one" * 20}]
+    assert [list(row) for row in predict(adapter, long, quiet=True)] == [["instruction", "output", "generator"]]
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "generate", lambda self, **given: asked.append(given["input_ids"]) or asked[0])
+        predict(adapter, long, quiet=True)
+    assert asked[0].shape[1] == 40
+
+
+def test_an_answer_that_leaves_no_prompt_is_refused_before_training(base: Path) -> None:
+    task = {"name": "instruction", "prompt": "{instruction}:", "generation": {"max_new_tokens": 96}}
+    with pytest.raises(
+        UserError, match=r"has 96 positions, .*max_new_tokens = 96 of them, .* prompt; lower max_new_tokens"
+    ):
+        train(recipe(base, task, SUMS))
+    assert not (base.parent / "run").exists()
+
+
+def test_a_perplexity_that_overflows_is_written_as_null(base: Path) -> None:
+    task = {"name": "instruction", "prompt": "{instruction}:", "generation": {"max_new_tokens": 4}}
+    method = {"name": "lora", "r": 1, "target_modules": "all-linear"}
+    made = recipe(base, task, SUMS, method=method, training={"max_steps": 1, "eval_strategy": "epoch"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("turnrow.tasks.likelihood.perplexity", lambda loss: float("inf"))
+        result = train(made)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    folder = result.folder
+    assert json.loads(folder.metrics.read_text(), parse_constant=refuse)["after"]["perplexity"] is None
+    for line in (folder.history.read_text() + folder.predictions.read_text()).splitlines():
+        json.loads(line, parse_constant=refuse)
+    # As the command line does of a finished run.
+    _show(train(made, resume=True))

@@ -41,11 +41,57 @@ def test_the_best_checkpoint_is_chosen_by_the_main_metric(make_recipe: MakeRecip
     assert (args.save_strategy, args.save_steps) == ("steps", 3)
 
 
+@pytest.mark.parametrize(
+    ("task", "metric", "greater"),
+    [
+        ("regression", "mse", False),
+        ("regression", "eval_spearman", True),
+        ("regression", "eval_loss", False),
+        ("language_modelling", "perplexity", False),
+        ("language_modelling", "eval_bits_per_byte", False),
+        ("gsm8k", "unparsable", False),
+        ("gsm8k", "accuracy", True),
+        ("gsm8k", None, True),
+    ],
+)
+def test_of_an_error_less_is_better_whatever_it_is_called(
+    make_recipe: MakeRecipe, tmp_path: Any, task: str, metric: str | None, greater: bool
+) -> None:
+    recipe = make_recipe(training={"load_best_model_at_end": True, "metric_for_best_model": metric})
+    made = make_task(task, **({"text": "sentence", "label": "stars"} if task == "regression" else {}))
+    args = training_arguments(recipe, made, str(tmp_path))
+    assert (args.metric_for_best_model, args.greater_is_better) == (metric or "accuracy", greater)
+    turned = {**recipe.training, "greater_is_better": not greater}
+    assert training_arguments(make_recipe(training=turned), made, str(tmp_path)).greater_is_better is not greater
+
+
+def test_a_metric_that_the_task_does_not_report_is_refused(make_recipe: MakeRecipe, tmp_path: Any) -> None:
+    with pytest.raises(
+        UserError, match=r"is 'mes', .* 'regression' .* pearson, spearman, mse, loss; did you mean 'mse'"
+    ):
+        arguments(make_recipe, tmp_path, metric_for_best_model="mes")
+    # Of what a model writes there is no loss.
+    recipe = make_recipe(training={"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"})
+    with pytest.raises(UserError, match=r"is 'eval_loss', .* allowed: accuracy, unparsable, answered_accuracy$"):
+        training_arguments(recipe, make_task("gsm8k"), str(tmp_path))
+
+
+def test_the_best_checkpoints_alone_are_saved_by_the_main_metric(make_recipe: MakeRecipe, tmp_path: Any) -> None:
+    args = arguments(make_recipe, tmp_path, save_strategy="best")
+    assert (args.save_strategy, args.metric_for_best_model, args.greater_is_better) == ("best", "mse", False)
+    with pytest.raises(UserError, match="save_strategy is 'best', but training.eval_strategy is 'no'"):
+        arguments(make_recipe, tmp_path, save_strategy="best", eval_strategy="no")
+
+
 def test_without_a_validation_split_nothing_is_evaluated(make_recipe: MakeRecipe, tmp_path: Any) -> None:
     recipe = make_recipe()
     data = {"train": recipe.data.train, "test": recipe.data.test}
     assert training_arguments(make_recipe(data=data), TASK, str(tmp_path)).eval_strategy == "no"
-    for training in ({"load_best_model_at_end": True}, {"eval_strategy": "steps"}):
+    for training in (
+        {"load_best_model_at_end": True},
+        {"eval_strategy": "steps"},
+        {"save_strategy": "best"},
+    ):
         with pytest.raises(UserError, match=r"data\.validation is missing; name a file"):
             training_arguments(make_recipe(data=data, training=training), TASK, str(tmp_path))
 

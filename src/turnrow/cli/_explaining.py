@@ -174,7 +174,7 @@ def _run_texts(
     from turnrow.analysis.explain import TokenRanking
 
     tokenizer = _tokenizer(folder, location)
-    batches = _of_data(args, folder, tokenizer) if args.data else _of_texts(args, tokenizer, adapted)
+    batches = _of_data(args, folder, tokenizer, adapted) if args.data else _of_texts(args, tokenizer, adapted)
     ranking = TokenRanking(lambda token: _word(tokenizer, token))
     report("running the texts with it and without it")
     found = displacement(
@@ -204,9 +204,10 @@ def _of_texts(args: argparse.Namespace, tokenizer: Any, model: Any) -> Iterator[
         yield dict(tokenizer(some, padding=True, truncation=True, max_length=limit, return_tensors="pt"))
 
 
-def _of_data(args: argparse.Namespace, folder: Path, tokenizer: Any) -> Iterator[Mapping[str, Tensor]]:
+def _of_data(args: argparse.Namespace, folder: Path, tokenizer: Any, model: Any) -> Iterator[Mapping[str, Tensor]]:
     """Rows as the task of the adapter encodes them."""
     from turnrow.tasks import read_table
+    from turnrow.training.base import prediction_limit
     from turnrow.training.quiet import without_dataset_bars
     from turnrow.training.saved import saved_max_length, saved_task
 
@@ -217,8 +218,9 @@ def _of_data(args: argparse.Namespace, folder: Path, tokenizer: Any) -> Iterator
         )
     table = task.in_our_form(read_table(args.data, args.split))
     table = table.select(range(min(args.rows, len(table))))
+    limit = prediction_limit(task, saved_max_length(folder), model)
     with without_dataset_bars():
-        encoded = task.encode(table, tokenizer, saved_max_length(folder), split="predict")
+        encoded = task.encode(table, tokenizer, limit, split="predict")
     names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in encoded.column_names]
     rows = iter(encoded.select_columns(names))
     while chunk := list(islice(rows, args.batch_size)):

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     harness.add_argument("--include-path", metavar="DIR", help="a folder with YAML files of tasks of your own")
     harness.add_argument("--num-fewshot", type=int, metavar="N", help="examples in the prompt")
     harness.add_argument("--limit", type=int, metavar="N", help="rows of each task, for a quick look")
-    harness.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows at once (default: 8)")
+    harness.add_argument("--batch-size", type=int, metavar="N", help="rows at once (default: 8)")
     harness.add_argument("--chat", action="store_true", help="prompts in the tokenizer's form of conversations")
 
 
@@ -35,10 +35,12 @@ def run(args: argparse.Namespace) -> int:
     """Print the metrics as JSON, in full precision."""
     from pathlib import Path
 
-    from turnrow.files import write_json
+    from turnrow.files import check_output, finite_or_null, write_json
 
+    if args.output:
+        check_output(Path(args.output), "--output")
     metrics = _on_rows(args) if args.harness is None else _by_harness(args)
-    print(json.dumps(metrics, indent=2))
+    print(json.dumps(finite_or_null(metrics), indent=2))
     if args.output:
         write_json(Path(args.output), metrics)
     return 0
@@ -47,8 +49,9 @@ def run(args: argparse.Namespace) -> int:
 def _on_rows(args: argparse.Namespace) -> dict[str, Any]:
     from turnrow.training import evaluate_adapter
 
-    for option in ("include_path", "num_fewshot", "limit", "chat"):
-        if getattr(args, option):
+    for option in ("include_path", "num_fewshot", "limit", "batch_size", "chat"):
+        given = getattr(args, option)
+        if given is not None and given is not False:  # 0 is given too
             raise UserError(f"--{option.replace('_', '-')} is for the harness: give --harness TASKS in place of --data")
     return evaluate_adapter(args.adapter, args.data, split=args.split, model=args.model)
 
@@ -63,6 +66,6 @@ def _by_harness(args: argparse.Namespace) -> dict[str, Any]:
         include=args.include_path,
         num_fewshot=args.num_fewshot,
         limit=args.limit,
-        batch_size=args.batch_size,
+        batch_size=8 if args.batch_size is None else args.batch_size,
         chat=args.chat,
     )

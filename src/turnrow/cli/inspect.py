@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from typing import TYPE_CHECKING, Any
 
 from turnrow.cli.console import table_console
+from turnrow.files import finite_or_null
 
 if TYPE_CHECKING:
     from turnrow.adapters import AdapterSummary, ModuleSummary
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     summary = inspect_adapter(args.adapter)
     if args.json:
         # NaN is no JSON: a norm that is not finite is printed as null
-        print(json.dumps(_finite_or_null(summary.to_dict()), indent=2, allow_nan=False))
+        print(json.dumps(finite_or_null(summary.to_dict()), indent=2, allow_nan=False))
     else:
         _print_tables(summary)
     return 1 if summary.non_finite else 0
@@ -110,11 +110,3 @@ def short_indices(indices: list[Any], most: int = 8) -> str:
 def _short(value: object, most: int = 100) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= most else text[:most] + "... (whole in --json)"
-
-
-def _finite_or_null(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _finite_or_null(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite_or_null(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

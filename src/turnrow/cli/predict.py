@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one JSON object per example, or write them to a file."""
+    from turnrow.files import finite_or_null
     from turnrow.training import predict
 
     data = args.data if args.text is None else [_example(args.adapter, args.text)]
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.output is None:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False))
+            print(json.dumps(finite_or_null(row), ensure_ascii=False))
     return 0
 
 

@@ -40,14 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Choose, write the file and show what was chosen."""
+    from turnrow.files import check_output
     from turnrow.training import Recipe
 
     out = Path(args.out)
     # what can be refused is refused before a large model is loaded
-    if out.is_dir():
-        raise UserError(
-            f"--out {args.out!r} is a folder; give the path of a file, such as {str(out / 'indices.json')!r}"
-        )
+    check_output(out, "--out")
     if out.exists() and not args.overwrite:
         raise UserError(f"{args.out} exists already; replace it by --overwrite, or give another --out")
     if args.samples is not None and args.samples < 1:

@@ -61,7 +61,7 @@ def _show(result: RunResult) -> None:
     table.add_column("after", justify="right")
     for name, after in metrics["after"].items():
         style = "bold" if name == metrics["main_metric"] else None
-        table.add_row(name, f"{metrics['before'][name]:.4f}", f"{after:.4f}", style=style)
+        table.add_row(name, _figure(metrics["before"][name]), _figure(after), style=style)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(table)
     trained, total, seconds = (metrics[n] for n in ("trainable_parameters", "total_parameters", "seconds_per_step"))
@@ -70,3 +70,8 @@ def _show(result: RunResult) -> None:
     console.print(f"peak memory {metrics['peak_memory_bytes'] / 2**20:,.0f} MiB ({metrics['peak_memory_kind']})")
     for what, path in (("adapter", result.adapter), ("report", result.folder.report)):
         console.print(f"{what}: {path}")
+
+
+def _figure(value: float | None) -> str:
+    """A figure of a test split; ``metrics.json`` has none where it was not finite."""
+    return "overflow" if value is None else f"{value:.4f}"

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
 
 from turnrow.errors import UserError, near_matches
 from turnrow.tasks.columns import describe_split, require_columns
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["GenerationTask", "checked_generation", "refuse_empty", "room_for_prompt"]
+__all__ = ["GenerationTask", "checked_generation", "refuse_empty", "room_for_prompt", "room_to_go_on"]
 
 # Those of transformers' GenerationConfig that would change what the run hands back, or that the tokenizer decides.
 _RESERVED = (
@@ -197,6 +197,22 @@ def room_for_prompt(limit: int, generation: Mapping[str, Any]) -> int:
     return limit - int(answer)
 
 
+def room_to_go_on(limit: int, positions: int | None, generation: Mapping[str, Any]) -> int:
+    """Return the tokens of a prompt of up to `limit` tokens and of the longest answer to it, as far as the model has positions.
+
+    For tasks that learn from a prompt with its answer within `limit`, and let the model go on only with what is predicted.
+    """
+    answer = int(generation["max_new_tokens"])
+    if positions is None:
+        return limit + answer
+    if positions <= answer:
+        raise UserError(
+            f"the model has {positions} positions, and an answer that it is asked for may take task.generation.max_new_tokens = {answer} "
+            "of them, which leaves nothing for the prompt; lower max_new_tokens"
+        )
+    return min(limit + answer, positions)
+
+
 def checked_generation(options: object) -> dict[str, Any]:
     """Return the option `generation`, after a look whether transformers' GenerationConfig takes it (UserError)."""
     from transformers import GenerationConfig
@@ -214,11 +230,29 @@ def checked_generation(options: object) -> dict[str, Any]:
             )
         if name in ("max_new_tokens", "num_beams") and not (_is_count(value) and value >= 1):
             raise UserError(f"generation.{name} must be a whole number from 1, got {value!r}")
+        if value is None:
+            continue
+        if name in ("top_k", "no_repeat_ngram_size", "min_new_tokens") and not (_is_count(value) and value >= 0):
+            raise UserError(f"generation.{name} must be a whole number from 0, got {value!r}")
+        if name in ("temperature", "top_p", "repetition_penalty") and not (_is_number(value) and value > 0):
+            raise UserError(f"generation.{name} must be a number above 0, got {value!r}")
+        if name == "length_penalty" and not _is_number(value):
+            raise UserError(f"generation.{name} must be a number, got {value!r}")
+    try:
+        GenerationConfig(**options).validate(strict=True)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"generation is {dict(options)!r}, and transformers says: {' '.join(str(error).split())}"
+        ) from error
     return dict(options)
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def refuse_empty(ids: list[int], place: str) -> None:

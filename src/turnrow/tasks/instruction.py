@@ -12,7 +12,7 @@ from turnrow.errors import UserError
 from turnrow.tasks.columns import describe_split, is_name, require_columns
 from turnrow.tasks.conversations import answered_conversation, asked_conversation, read_turns
 from turnrow.tasks.encoding import encode_rows
-from turnrow.tasks.generation import GenerationTask, room_for_prompt
+from turnrow.tasks.generation import GenerationTask, room_for_prompt, room_to_go_on
 from turnrow.tasks.likelihood import answer_losses, score_answers, tell_answers
 from turnrow.tasks.packing import PackedCollator, pack_rows
 from turnrow.tasks.padding import LanguageCollator
@@ -90,6 +90,12 @@ class InstructionTask(GenerationTask):
     def generates(self, split: str) -> bool:
         """Only what is predicted; labelled splits are scored by the likelihood of their answers."""
         return split == "predict"
+
+    def prediction_length(self, max_length: int, positions: int | None) -> int:
+        """A prompt as long as a whole example, and behind it the answer, as far as the model has positions."""
+        if self.architecture != "decoder":
+            return max_length
+        return room_to_go_on(max_length, positions, self.generation)
 
     def fit(self, train: Dataset) -> None:
         """Check that the training split has the columns; there is nothing to learn."""

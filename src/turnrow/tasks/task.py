@@ -181,6 +181,18 @@ class Task(ABC):
         """Return how the model goes on, in the words of transformers' GenerationConfig, where `generates` says so."""
         return {}
 
+    def prediction_length(self, max_length: int, positions: int | None) -> int:
+        """Return the `max_length` to encode a split to be predicted with, given that of the other splits.
+
+        Args:
+            max_length: as of `encode`.
+            positions: how many tokens the model can take in; None: it does not say.
+
+        Raises:
+            UserError: the model can take in no row that is to be predicted.
+        """
+        return max_length
+
     @abstractmethod
     def metrics(self, predictions: np.ndarray, labels: np.ndarray, encoded: Dataset | None = None) -> dict[str, float]:
         """Score predictions by name of metric.

@@ -10,7 +10,7 @@ import numpy as np
 
 from turnrow.errors import UserError
 from turnrow.tasks.columns import check_name, describe_split, require_columns
-from turnrow.tasks.generation import checked_generation, room_for_prompt
+from turnrow.tasks.generation import checked_generation, room_for_prompt, room_to_go_on
 from turnrow.tasks.images import FILES, has_image, image_files, open_image
 from turnrow.tasks.likelihood import answer_losses, score_answers, tell_answers
 from turnrow.tasks.padding import IGNORED, pad_rows
@@ -103,6 +103,12 @@ class VisualInstructionTask(Task):
     def generation_options(self) -> dict[str, Any]:
         """Return the option `generation`, complete."""
         return dict(self.generation)
+
+    def prediction_length(self, max_length: int, positions: int | None) -> int:
+        """As of `InstructionTask`; with `answers` prompts are cut as those are that are scored."""
+        if self.answers:
+            return max_length
+        return room_to_go_on(max_length, positions, self.generation)
 
     def fit(self, train: Dataset) -> None:
         """Check that the training split has the columns; there is nothing to learn."""

@@ -34,11 +34,20 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "position_limit",
+    "prediction_limit",
     "whole_modules",
 ]
 
 # What transformers calls the heads for sequences, images and questions: trained whole, be they new or not.
 _HEADS = ("classifier", "score", "qa_outputs")
+
+# The classes whose heads come with the weights; a new one would have to learn a language from the rows of a task.
+_LANGUAGE_MODELS = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,7 @@ def load_base(
     quantization: str | Mapping[str, Any] | None = None,
     device_map: Any = None,
     model_config: Mapping[str, Any] | None = None,
+    adapted: bool = False,
 ) -> Base:
     """Load a base model for a task; its head, which is trained, is float32 whatever `dtype`.
 
@@ -90,10 +100,12 @@ def load_base(
         quantization: as in `Recipe.quantization`. Modules that are trained whole are never quantized.
         device_map: as in `Recipe.device_map`.
         model_config: as in `Recipe.model_config`.
+        adapted: an adapter is put on it that was trained before, and holds what the weights lack.
 
     Raises:
-        UserError: no such model; its config has no such field; it cannot be quantized so, or not trained on; or `device_map` leaves weights on the disk, or
-            in the memory of the host while the model runs on a GPU, where no gradient reaches them.
+        UserError: no such model; its config has no such field; it cannot be quantized so, or not trained on; `device_map` leaves weights on the disk, or
+            in the memory of the host while the model runs on a GPU, where no gradient reaches them; or it is no language model
+            where the task wants one, or none that reads from left to right.
     """
     location = resolve_model(name)
     tokenizer = load_tokenizer(location, task.preparer)
@@ -108,6 +120,17 @@ def load_base(
             model, new_modules = load_model(name, location, task.auto_model, quantization=spared, **settings)
         prepare_quantized(model)
     _refuse_offloaded(model, device_map)
+    if task.auto_model in _LANGUAGE_MODELS and new_modules and not adapted:
+        raise UserError(
+            f"model {name!r} has no weights for {', '.join(new_modules)}, so that this part of {type(model).__name__} would be new and "
+            f"untrained, and the task {task.name!r} is for language models; take a model that was saved as one"
+        )
+    if task.auto_model == "AutoModelForCausalLM" and _reads_ahead(model):
+        remedy = " or set model_config: {is_decoder: true}" if hasattr(model.config, "is_decoder") else ""
+        raise UserError(
+            f"model {name!r} is no decoder: as {type(model).__name__} it reads the tokens that it is to foresee, so the task "
+            f"{task.name!r} would learn and score nothing; take a decoder, such as a Llama{remedy}"
+        )
     text = tokenizer_of(tokenizer)
     if text is not None and getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = text.pad_token_id
@@ -117,6 +140,32 @@ def load_base(
             _start_at(model.get_submodule(module_name), task.start)
     use_loss_of(task, model)
     return Base(model, tokenizer, new_modules)
+
+
+def _reads_ahead(model: PreTrainedModel) -> bool:
+    """Whether what the model says at the first place depends on the token at the last: d logits(first) / d embedding(last) != 0.
+
+    Of a decoder that is exactly zero in whatever dtype, since its attention there is. No config says it of all models. A model that
+    cannot be asked like this, such as one whose weights other processes hold, counts as a decoder.
+    """
+    embedding = model.get_input_embeddings()
+    read: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        read.append(output.detach().requires_grad_())
+        return read[-1].clone()  # some models write into it
+
+    hook = embedding.register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            tokens = torch.arange(3, device=next(embedding.parameters()).device)[None]
+            first = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits[0, 0]
+            (moved,) = torch.autograd.grad(first.float().square().sum(), read[:1])
+        return bool((moved[0, -1].isfinite() & (moved[0, -1] != 0)).any())
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError):
+        return False
+    finally:
+        hook.remove()
 
 
 def _start_at(new: torch.nn.Module, value: float) -> None:
@@ -216,7 +265,12 @@ def input_limit(max_length: int | None, base: Base) -> int | None:
     return positions
 
 
-def position_limit(model: PreTrainedModel) -> int | None:
+def prediction_limit(task: Task, limit: int | None, model: Any) -> int | None:
+    """The `limit` of `input_limit` for what is predicted, which the model may go on with; UserError where that leaves no prompt."""
+    return None if limit is None else task.prediction_length(limit, position_limit(model))
+
+
+def position_limit(model: Any) -> int | None:
     """How many positions the model has; None if its config does not say."""
     tables = [
         module

@@ -3,7 +3,7 @@
 Trainer writes a checkpoint file by file into its final place, so a killed process leaves a folder that looks like a
 checkpoint and is none. Here each finished checkpoint gets a seal, ``complete.json`` with the size of every file, written
 last; only a sealed checkpoint whose files still have these sizes is resumed from, and older ones are deleted only after
-the newest is sealed.
+the newest is sealed. And a checkpoint at the end of an epoch holds the evaluation there, be it saved by steps or by epochs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ from turnrow.errors import UserError
 from turnrow.files import write_json
 from turnrow.training.processes import wait_for_all
 
-__all__ = ["SealAndRotate", "check_processes", "discard_incomplete", "is_complete", "last_complete", "seal"]
+__all__ = [
+    "SaveAfterEvaluation",
+    "SealAndRotate",
+    "check_processes",
+    "discard_incomplete",
+    "is_complete",
+    "last_complete",
+    "seal",
+]
 
 SEAL = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -55,6 +63,29 @@ class SealAndRotate(TrainerCallback):
         others = [path for path in _checkpoints(folder) if path.name not in protected]
         for path in others[: max(0, len(others) + len(protected) - self.keep)]:
             shutil.rmtree(path)
+
+
+class SaveAfterEvaluation(TrainerCallback):
+    """Puts off the checkpoint of an epoch's last step until the evaluation of that epoch is done.
+
+    Trainer saves by steps before it evaluates by epochs. A run resumed from there would never make up for the evaluation, nor for
+    what it draws from the random numbers, and so end otherwise. To be called after the callbacks that ask for checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self._put_off = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take the wish for a checkpoint back, if the epoch ends here."""
+        if control.should_save and not state.epoch % 1:
+            self._put_off, control.should_save = True, False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for it again."""
+        if self._put_off:
+            self._put_off, control.should_save = False, True
 
 
 def seal(checkpoint: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turnrow.errors import UserError
+from turnrow.files import file_above
 
 if TYPE_CHECKING:
     from turnrow.training.recipe import Recipe
@@ -86,6 +87,8 @@ class RunFolder:
             raise UserError("--resume continues the run in the folder and --overwrite deletes it; choose one")
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"output_dir {str(self.root)!r} is a file; choose a folder")
+        if (above := file_above(self.root)) is not None:
+            raise UserError(f"output_dir {str(self.root)!r} lies under {str(above)!r}, which is a file; choose another")
         there = self.written()
         if there and not self.recipe.exists():
             raise UserError(

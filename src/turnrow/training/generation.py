@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from turnrow.errors import UserError
 from turnrow.tasks import tokenizer_of
 
 __all__ = ["generate_batch", "texts"]
@@ -30,6 +31,9 @@ def generate_batch(trainer: Trainer, model: Any, inputs: Mapping[str, Any], opti
 
     Returns:
         The new tokens, of shape (rows, longest answer), on the device of the model.
+
+    Raises:
+        UserError: options that only the model can tell to be wrong.
     """
     tokenizer: Any = tokenizer_of(trainer.processing_class)
     batch = {name: value for name, value in inputs.items() if name != "labels"}
@@ -39,7 +43,13 @@ def generate_batch(trainer: Trainer, model: Any, inputs: Mapping[str, Any], opti
     with torch.no_grad(), trainer.autocast_smart_context_manager():
         # Processes that share a sharded model must all go on until the last one is done.
         together = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
-        written = inner.generate(**ready, generation_config=settings, synced_gpus=together)
+        try:
+            # The tokenizer finds the strings that end an answer.
+            written = inner.generate(**ready, generation_config=settings, synced_gpus=together, tokenizer=tokenizer)
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"the model cannot answer with task.generation: {dict(options)!r}: {' '.join(str(error).split())}"
+            ) from error
     if not inner.config.is_encoder_decoder:
         written = written[:, ready["input_ids"].shape[1] :]
     return written.contiguous()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from turnrow.adapters import load_adapter, read_adapter
 from turnrow.adapters.base_model import load_base, load_processor
@@ -45,29 +46,50 @@ def evaluate_with_harness(
         harness reports them, and ``harness``, its own version.
 
     Raises:
-        UserError: the harness is not installed, the model is no language model, or there is no such task.
+        UserError: the harness is not installed, a number is out of range, there is no such task or folder, the rows of one cannot be
+            had, or the model is no language model.
     """
+    _check_numbers(num_fewshot=(num_fewshot, 0), limit=(limit, 1), batch_size=(batch_size, 1))
+    if not tasks:
+        raise UserError(
+            "no task of the harness is named; give one, or several joined by commas, such as 'arc_easy,piqa'"
+        )
+    if include is not None and not Path(include).is_dir():
+        raise UserError(
+            f"there is no folder {str(include)!r} with tasks of your own; give --include-path one that is there"
+        )
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise UserError("the evaluation harness is not installed; pip install 'turnrow[eval]'") from None
-    adapted, tokenizer = _language_model(Path(path), model)
     manager = _manager(TaskManager, tasks, include)
+    adapted, tokenizer = _language_model(Path(path), model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wrapped = HFLM(pretrained=adapted.to(device), tokenizer=tokenizer, batch_size=batch_size, device=device)
-    found: Any = lm_eval.simple_evaluate(
-        model=wrapped,
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        log_samples=False,
-        apply_chat_template=chat,
-        task_manager=manager,
-    )
+    try:
+        found: Any = lm_eval.simple_evaluate(
+            model=wrapped,
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            log_samples=False,
+            apply_chat_template=chat,
+            task_manager=manager,
+        )
+    except OSError as error:  # the rows are read from the hub, or a file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the harness cannot read what {', '.join(tasks)} asks for: {reason}") from error
     kept = {name: _plain(found[name]) for name in ("results", "versions", "n-shot", "n-samples")}
     return {**kept, "harness": lm_eval.__version__}
+
+
+def _check_numbers(**given: tuple[int | None, int]) -> None:
+    """Refuse numbers below the lowest that makes sense, by the name of the argument."""
+    for name, (value, lowest) in given.items():
+        if value is not None and value < lowest:
+            raise UserError(f"{name} is {value}; expected a whole number from {lowest}")
 
 
 def _language_model(path: Path, base: str | None) -> tuple[Any, Any]:
@@ -102,11 +124,26 @@ def _manager(task_manager: Any, tasks: Sequence[str], include: str | Path | None
     manager = task_manager(include_path=None if include is None else str(include))
     for name in tasks:
         if not manager.match_tasks([name]):
+            broken = "" if include is None else _broken(Path(include))
             raise UserError(
-                f"the harness has no task {name!r}{near_matches(name, manager.all_tasks)}; a folder with tasks of your own goes "
-                "with --include-path"
+                f"the harness has no task {name!r}{near_matches(name, manager.all_tasks)}; "
+                f"{broken or 'a folder with tasks of your own goes with --include-path'}"
             )
     return manager
+
+
+def _broken(folder: Path) -> str:
+    """Which files with tasks cannot be read, and why: the harness leaves them out without a word."""
+    reasons = {file: _unreadable(file) for file in sorted(folder.rglob("*.yaml"))}
+    return "; ".join(f"{file} is not readable as YAML: {reason}" for file, reason in reasons.items() if reason)
+
+
+def _unreadable(file: Path) -> str:
+    try:
+        yaml.compose(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return " ".join(str(error).split())
+    return ""
 
 
 def _plain(value: Any) -> Any:

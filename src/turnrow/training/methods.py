@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -109,6 +109,7 @@ def apply_method(
     if hasattr(config, "modules_to_save"):
         # For SEQ_CLS peft adds the head by itself and keeps it out of 'all-linear'; for other tasks only what is named
         # here stays out.
+        _check_saved(name, config.modules_to_save or [], base.model)
         added = ("classifier", "score") if peft_task_type == "SEQ_CLS" else ()
         whole = [name for name in head_modules(base.model, base.new_modules) if name not in added]
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *whole])) or None
@@ -132,6 +133,18 @@ def apply_method(
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
     return adapted
+
+
+def _check_saved(method: str, wanted: Iterable[str], model: PreTrainedModel) -> None:
+    """Refuse names of modules to save that fit no module; peft would leave them in the adapter without a word."""
+    modules = [name for name, _ in model.named_modules()]
+    for name in wanted:
+        if not any(module.endswith(name) for module in modules):
+            last = dict.fromkeys(module.rpartition(".")[2] for module in modules)
+            raise UserError(
+                f"method {method}: modules_to_save names {name!r}, and no module of this {type(model).__name__} ends like that"
+                f"{near_matches(name, last)}"
+            )
 
 
 def method_config(method: Mapping[str, Any]) -> PeftConfig | None:

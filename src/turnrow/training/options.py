@@ -6,6 +6,7 @@ field's type annotation with jsonargparse, so that the ``2e-3`` of YAML 1.1, a s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, get_type_hints
@@ -55,5 +56,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     try:
         return parser.parse_object({"value": value})["value"]
     except ArgumentError as error:
-        expected = str(error).partition("Expected")[2].partition("Got value")[0].strip(" .\n") or str(hint)
+        # One for every type that the field may have.
+        kinds = re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", str(error), flags=re.MULTILINE)
+        expected = re.sub(r"<class '(\w+)'>", r"\1", " or ".join(kinds)).replace("NoneType", "null") or str(hint)
         raise UserError(f"{where} is {value!r}; expected {expected}") from None

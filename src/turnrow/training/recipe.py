@@ -13,6 +13,7 @@ output_dir: runs/sst2
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -48,6 +49,20 @@ _TOP_LEVEL = {
     "do_train": "a run always trains",
     "do_eval": "set eval_strategy instead",
     "do_predict": "a run always predicts the test split",
+}
+
+# What transformers takes without a look and fails on later: the lowest value, and the one that all are below.
+_RANGES = {
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, math.inf),
+    "num_train_epochs": (0, math.inf),
+    "per_device_train_batch_size": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "dataloader_num_workers": (0, math.inf),
 }
 
 
@@ -314,7 +329,13 @@ def _training_options(training: Any) -> dict[str, Any]:
     if options.get("fsdp") is True:
         # What transformers wants is not what it declares; its own command line has the same trouble.
         options["fsdp"] = "true"
-    return check_options(options, TrainingArguments, "training", reserved=_TOP_LEVEL)
+    options = check_options(options, TrainingArguments, "training", reserved=_TOP_LEVEL)
+    for name, (lowest, bound) in _RANGES.items():
+        value = options.get(name)
+        if value is not None and not lowest <= value < bound:
+            below = "" if bound == math.inf else f" and below {bound}"
+            raise UserError(f"training.{name} is {value!r}; expected a number from {lowest}{below}")
+    return options
 
 
 def _rate_factors(values: Any) -> dict[str, float] | None:

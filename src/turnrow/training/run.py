@@ -17,14 +17,20 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from turnrow import __version__, count_parameters
 from turnrow.adapters import whole_state_dict
-from turnrow.files import write_json, write_lines
+from turnrow.files import finite_or_null, write_json, write_lines
 from turnrow.pretrained import without_weight_bars
 from turnrow.selection import Selection
 from turnrow.tasks import Task, make_task
-from turnrow.training.base import input_limit, load_base
+from turnrow.training.base import input_limit, load_base, prediction_limit
 from turnrow.training.batches import model_columns
 from turnrow.training.calibration import calibrate
-from turnrow.training.checkpoints import SealAndRotate, check_processes, discard_incomplete, last_complete
+from turnrow.training.checkpoints import (
+    SaveAfterEvaluation,
+    SealAndRotate,
+    check_processes,
+    discard_incomplete,
+    last_complete,
+)
 from turnrow.training.folder import RunFolder
 from turnrow.training.interrupt import Interrupted, StopOnInterrupt
 from turnrow.training.measure import peak_memory, reset_peak_memory
@@ -118,6 +124,8 @@ def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder,
         model_config=recipe.model_config,
     )
     limit = input_limit(recipe.max_length, base)
+    # What could never be predicted with is refused before it is trained.
+    prediction_limit(task, limit, base.model)
     shows = is_first() and not args.disable_tqdm
     with without_dataset_bars(not shows):
         splits = {
@@ -146,6 +154,7 @@ def _run(recipe: Recipe, task: Task, args: TrainingArguments, folder: RunFolder,
             *reselection,
             SealAndRotate(kept_checkpoints(recipe)),
             interrupt,
+            SaveAfterEvaluation(),
             *([bars] if shows else []),
         ],
         rate_factors=recipe.learning_rate_factors,
@@ -295,10 +304,10 @@ def _write(
     # For whoever gets the adapter alone: what it was trained with and how well it did. No timings and no place of this
     # run, so that the same run gives the same files.
     kept = {name: value for name, value in recipe.to_dict().items() if name != "output_dir"}
-    figures = {name: metrics[name] for name in ("before", "after")}
+    figures = finite_or_null({name: metrics[name] for name in ("before", "after")})
     save_run(folder.adapter, current, recipe, provenance={"recipe": kept, "metrics": figures}, state=state)
     write_predictions(folder.predictions, rows)
-    write_lines(folder.history, [json.dumps(entry) + "\n" for entry in history])
+    write_lines(folder.history, [json.dumps(finite_or_null(entry)) + "\n" for entry in history])
     draw_curve(folder.curve, history, metrics)
     write_report(folder.report, folder.curve, recipe, metrics, rows)
     write_json(folder.metrics, metrics)

@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 
 from turnrow.adapters import load_adapter, write_manifest
 from turnrow.errors import UserError
-from turnrow.files import whole_folder, write_json, write_lines
+from turnrow.files import check_output, finite_or_null, whole_folder, write_json, write_lines
 from turnrow.pretrained import without_load_report, without_weight_bars
 from turnrow.tasks import Task, plain_columns, read_table, task_from_dict
-from turnrow.training.base import load_base, load_tokenizer
+from turnrow.training.base import load_base, load_tokenizer, prediction_limit
 from turnrow.training.loss import use_loss_of
 from turnrow.training.quiet import without_dataset_bars
 from turnrow.training.recipe import Recipe
@@ -126,7 +126,7 @@ def load_saved(path: str | Path, model: str | None = None) -> SavedModel:
     if (folder / "adapter_config.json").is_file():
         held = described["base"]
         settings = {key: held.get(key) for key in ("quantization", "model_config")}
-        base = load_base(name, task, dtype=held["dtype"], **settings)
+        base = load_base(name, task, dtype=held["dtype"], adapted=True, **settings)
         adapted: PreTrainedModel | PeftModel = load_adapter(base.model, folder)
     elif model is not None:
         raise UserError(f"{folder} holds a whole model, which needs no base; leave out the model {model!r}")
@@ -191,12 +191,18 @@ def predict(
 
     Returns:
         One row per example: the task's columns as far as the data have them, and what the task makes of the prediction.
+
+    Raises:
+        UserError: as of `load_saved`; or no file can be written at `output`.
     """
+    if output is not None:
+        check_output(Path(output), "output")
     saved = load_saved(path, model)
     given = read_table(data, split) if isinstance(data, str) else Dataset.from_list([dict(row) for row in data])
     table = saved.task.in_our_form(given)
     with without_dataset_bars(quiet):
-        encoded = saved.task.encode(table, saved.tokenizer, saved.max_length, split="predict")
+        limit = prediction_limit(saved.task, saved.max_length, saved.model)
+        encoded = saved.task.encode(table, saved.tokenizer, limit, split="predict")
     predictions, _ = saved.predict(encoded, "predict", progress=None if quiet else "predicting")
     rows = prediction_rows(saved.task, table, encoded, predictions)
     if output is not None:
@@ -218,7 +224,7 @@ def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     if path.name.lower().endswith(".json"):
         write_json(path, list(rows))
         return
-    write_lines(path, [json.dumps(row, ensure_ascii=False) + "\n" for row in rows])
+    write_lines(path, [json.dumps(finite_or_null(row), ensure_ascii=False) + "\n" for row in rows])
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

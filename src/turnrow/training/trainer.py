@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput
 
-from turnrow.errors import UserError
+from turnrow.errors import UserError, near_matches
 from turnrow.tasks import Task
 from turnrow.training.evaluation import SharedEvaluation
 from turnrow.training.finite import FiniteGuard, check_loss
@@ -110,6 +110,17 @@ class GuardedTrainer(Trainer):
             self.gather_function = dataloader.gather
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in Trainer; what checkpoints are compared by must be among the figures, which may depend on the rows."""
+        metrics = super().evaluate(*args, **kwargs)
+        best = self.args.metric_for_best_model
+        if best is not None and f"eval_{best.removeprefix('eval_')}" not in metrics:
+            raise UserError(
+                f"training.metric_for_best_model is {best!r}, which has no value for the validation split; what has one is "
+                f"{', '.join(name.removeprefix('eval_') for name in metrics)}"
+            )
+        return metrics
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and (seconds := self._clock.drain()) is not None:
             logs["seconds_per_step"] = seconds
@@ -176,7 +187,10 @@ def training_arguments(recipe: Recipe, task: Task, folder: str) -> TrainingArgum
     given = deepcopy(recipe.training)
     evaluates = recipe.data.validates
     if not evaluates and (
-        given.get("load_best_model_at_end") or given.get("eval_strategy", "no") != "no" or given.get("eval_on_start")
+        given.get("load_best_model_at_end")
+        or given.get("save_strategy") == "best"
+        or given.get("eval_strategy", "no") != "no"
+        or given.get("eval_on_start")
     ):
         raise UserError("training evaluates on the validation split, but data.validation is missing; name a file there")
     if task.settles and not evaluates:
@@ -197,8 +211,7 @@ def training_arguments(recipe: Recipe, task: Task, folder: str) -> TrainingArgum
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),
     }
-    if given.get("load_best_model_at_end") and "metric_for_best_model" not in given:
-        defaults |= {"metric_for_best_model": task.main_metric, "greater_is_better": task.greater_is_better}
+    defaults |= _best(given, eval_strategy, task)
     if follows == "steps" and "eval_steps" in given:
         defaults["save_steps"] = given["eval_steps"]
     # Checkpoints are deleted by our own callback, only after the newest is sealed.
@@ -209,6 +222,34 @@ def training_arguments(recipe: Recipe, task: Task, folder: str) -> TrainingArgum
     if (visible := torch.cuda.device_count()) > 1 and args.world_size == 1 and args.n_gpu == 1:
         log.info("one of %d GPUs is used; for all: torchrun --standalone --nproc_per_node %d ...", visible, visible)
     return args
+
+
+def _best(given: dict[str, Any], eval_strategy: Any, task: Task) -> dict[str, Any]:
+    """The training arguments by which checkpoints are compared, where the user's leave them out; those are changed in place.
+
+    transformers takes more of any metric for better, unless its name ends in ``loss``.
+    """
+    for name in ("metric_for_best_model", "greater_is_better"):
+        if given.get(name) is None:
+            given.pop(name, None)
+    if given.get("save_strategy") == "best" and eval_strategy == "no":
+        raise UserError(
+            "training.save_strategy is 'best', but training.eval_strategy is 'no', so that no checkpoint is found to be the best; leave "
+            "one of them out"
+        )
+    if "metric_for_best_model" not in given:
+        if not given.get("load_best_model_at_end") and given.get("save_strategy") != "best":
+            return {}
+        return {"metric_for_best_model": task.main_metric, "greater_is_better": task.greater_is_better}
+    metric = given["metric_for_best_model"].removeprefix("eval_")
+    # The loss of the model; of what the model writes there is none.
+    known = list(dict.fromkeys([*task.metric_names, *([] if task.generates("validation") else ["loss"])]))
+    if metric not in known:
+        raise UserError(
+            f"training.metric_for_best_model is {given['metric_for_best_model']!r}, which the task {task.name!r} does not report; "
+            f"allowed: {', '.join(known)}{near_matches(metric, known)}"
+        )
+    return {"greater_is_better": metric not in {*task.error_metrics, "loss"}}
 
 
 def kept_checkpoints(recipe: Recipe) -> int | None:
@@ -278,7 +319,7 @@ def _build(arguments: Mapping[str, Any], **ours: Any) -> TrainingArguments:
     try:
         args = TrainingArguments(**arguments, **ours)
     except (ValueError, TypeError) as error:
-        raise UserError(f"training: {error}") from error
+        raise UserError(f"training: {' '.join(str(error).split())}") from error
     if args.n_gpu > 1:
         # Or Trainer would wrap the model in torch.nn.DataParallel, whose threads share each layer's state.
         args._n_gpu = 1
