@@ -81,6 +81,11 @@ def test_targets_that_do_not_exist_are_an_error_of_the_user(base: Base) -> None:
         trained(base, {"name": "lora", "target_modules": ["nowhere"]})
 
 
+def test_an_expression_that_cannot_be_read_is_an_error_of_the_user(base: Base) -> None:
+    with pytest.raises(UserError, match="method lora: unterminated character set"):
+        trained(base, {"name": "lora", "target_modules": "["})
+
+
 def test_modules_to_save_that_do_not_exist_are_refused(base: Base) -> None:
     with pytest.raises(
         UserError, match="method lora: modules_to_save names 'poler', .* BertFor.*; did you mean 'pooler'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -122,7 +123,12 @@ def apply_method(
         adapted = get_peft_model(base.model, config)
     except UserError:
         raise
-    except (ValueError, TypeError, AttributeError) as error:  # how peft says that a method does not fit the model
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        re.error,
+    ) as error:  # how peft says that a method does not fit the model
         raise UserError(f"method {name}: {error}") from error
     if hasattr(config, "modules_to_save") and config.modules_to_save:
         # peft adds the head for questions once more.
