@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks import environment
-from benchmarks.suite.search import best_rate, still_wanted, validation_score
+from benchmarks.suite.search import best_searched, still_wanted, validation_score
 from benchmarks.suite.store import Store
 from benchmarks.suite.suite import Cell
 from turnrow.errors import UserError
@@ -81,18 +81,14 @@ def _search(store: Store, data: dict[str, str], kept: Path) -> float:
                 store.add(run)
             runs[rate] = run
             for folder in kept.iterdir():  # only the best so far may be asked for again
-                if folder.name != f"{_best(runs):g}":
+                if folder.name != f"{best_searched(runs):g}":
                     shutil.rmtree(folder)
-    if validation_score(runs[_best(runs)]) == float("-inf"):
+    if validation_score(runs[best_searched(runs)]) == float("-inf"):
         raise UserError(
             f"no run of {cell.slug!r} on {cell.task} came to an end, the last with {run['failed']}; once that is put right, delete "
             f"{store.folder}"
         )
-    return _best(runs)
-
-
-def _best(runs: dict[float, dict[str, Any]]) -> float:
-    return best_rate({rate: validation_score(run) for rate, run in runs.items()})
+    return best_searched(runs)
 
 
 def _run(cell: Cell, data: dict[str, str], rate: float, seed: int, folder: Path) -> dict[str, Any]:

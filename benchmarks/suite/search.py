@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.suite.suite import Rates
 
-__all__ = ["best_rate", "has_learnt", "next_rates", "still_wanted", "validation_score"]
+__all__ = ["best_rate", "best_searched", "has_learnt", "next_rates", "still_wanted", "validation_score"]
 
 
 def next_rates(tried: Mapping[float, float], rates: Rates, learnt: bool = True) -> list[float]:
@@ -28,7 +28,12 @@ def next_rates(tried: Mapping[float, float], rates: Rates, learnt: bool = True) 
 def still_wanted(runs: Mapping[float, Mapping[str, Any]], rates: Rates) -> list[float]:
     """`next_rates` after some runs of the first seed, by learning rate; none once the search is finished."""
     scores = {rate: validation_score(run) for rate, run in runs.items()}
-    return next_rates(scores, rates, not scores or has_learnt(runs[best_rate(scores)]))
+    return next_rates(scores, rates, not runs or has_learnt(runs[best_searched(runs)]))
+
+
+def best_searched(runs: Mapping[float, Mapping[str, Any]]) -> float:
+    """The `best_rate` of some runs of the first seed, by learning rate."""
+    return best_rate({rate: validation_score(run) for rate, run in runs.items()})
 
 
 def best_rate(tried: Mapping[float, float]) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import plus_minus
-from benchmarks.suite.search import best_rate, still_wanted, validation_score
+from benchmarks.suite.search import best_searched, still_wanted
 from benchmarks.suite.store import RUNS, Store
 from benchmarks.suite.suite import Cell, Suite
 
@@ -55,7 +55,7 @@ def summarize(cell: Cell, root: Path = RUNS) -> Summary | None:
     """What is known of a cell so far, at the learning rate that is best by now; None while no run at it is evaluated on the test split."""
     every = Store(cell, root).runs()
     searched = {run["learning_rate"]: run for run in every if run["seed"] == cell.seeds[0]}
-    best = best_rate({rate: validation_score(run) for rate, run in searched.items()}) if searched else None
+    best = best_searched(searched) if searched else None
     # Runs at another rate were evaluated before the search went on.
     runs = sorted((run for run in every if run["learning_rate"] == best and "test" in run), key=lambda run: run["seed"])
     if not runs:

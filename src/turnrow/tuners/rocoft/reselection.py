@@ -146,11 +146,10 @@ def move_optimizer_state(optimizer: torch.optim.Optimizer, moves: Iterable[Move]
         if not state:
             continue
         moments = {name: value for name, value in state.items() if name != "step"}
-        if not all(_is_like(value, move.parameter) for value in moments.values()):
-            del optimizer.state[move.parameter]
-        elif "step" not in state:
+        by_row = all(_is_like(value, move.parameter) for value in moments.values())
+        if by_row and "step" not in state:
             state |= {name: _taken(value, move.source, move.axis) for name, value in moments.items()}
-        elif moments.keys() <= _ADAM.keys():
+        elif by_row and moments.keys() <= _ADAM.keys():
             for name, value in moments.items():
                 beta = groups[move.parameter]["betas"][_ADAM[name]]
                 state[name] = _taken(value, move.source, move.axis) * ((1 - beta) / (1 - beta ** float(state["step"])))
