@@ -175,8 +175,10 @@ def test_every_forward_is_of_one_of_the_two_adapters(method, tmp_path, threads):
 def test_so_is_every_compiled_forward_without_compiling_again(method, tmp_path, threads, x):
     torch._dynamo.reset()
     folders = save_pair(tmp_path, method, None)
+    # Not fullgraph=True, whose check counts frames for all threads at once up to torch 2.13 (pytorch/pytorch#185138): where one
+    # call begins while another ends, it stops with "no compiled frames". A break of the graph would be a second frame below.
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(network(folders[0]), backend=counter, fullgraph=True)
+    compiled = torch.compile(network(folders[0]), backend=counter)
     swap_gate(compiled)
     with torch.no_grad():
         expected = [compiled(x)]
