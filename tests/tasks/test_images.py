@@ -122,6 +122,32 @@ def test_images_that_cannot_be_read_are_named_with_their_row(cell: Any, message:
         opened(data)
 
 
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_thirty_two_bits_of_grey_are_refused(mode: str) -> None:
+    held = io.BytesIO()
+    Image.new(mode, (4, 3)).save(held, "TIFF")
+    data = Dataset.from_list([{"image": {"bytes": held.getvalue(), "path": None}}])
+    with pytest.raises(
+        UserError, match="row 1: the image of .* bytes cannot be read: its pixels have 32 bits, .*8 or 16 bits"
+    ):
+        opened(data)
+
+
+def test_an_image_that_is_far_too_large_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    data = Dataset.from_list([{"image": {"bytes": png(size=(30, 30)), "path": None}}])
+    with pytest.raises(
+        UserError, match="row 1: the image of .* bytes cannot be read: Image size .900 pixels. exceeds limit"
+    ):
+        opened(data)
+
+
+def test_a_file_with_words_for_numbers_is_named() -> None:
+    cell = {"bytes": b"P2 2 1 255 12 white", "path": None, "place": "split 'test', row 1"}
+    with pytest.raises(UserError, match=r"^split 'test', row 1: the image of 19 bytes cannot be read: "):
+        open_image(cell)
+
+
 def test_a_damaged_file_is_named_when_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "cut.png"
     path.write_bytes(png("red", size=(300, 300))[:-60])

@@ -163,6 +163,14 @@ def test_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
         ("per_device_eval_batch_size", -2, "from 1$"),
         ("gradient_accumulation_steps", 0, "from 1$"),
         ("dataloader_num_workers", -1, "from 0$"),
+        ("eval_accumulation_steps", 0, "from 1$"),
+        ("max_grad_norm", -1, "from 0$"),
+        ("label_smoothing_factor", 1.5, "from 0 and below 1$"),
+        ("neftune_noise_alpha", -1, "from 0$"),
+        ("save_steps", 0, "of steps, or a share of them between 0 and 1$"),
+        ("eval_steps", -1, "of steps, or a share of them between 0 and 1$"),
+        ("max_steps", 0, "from 1, or -1: as long as num_train_epochs says$"),
+        ("max_steps", -5, "from 1, or -1: as long as num_train_epochs says$"),
     ],
 )
 def test_training_arguments_out_of_their_range_are_refused(name: str, value: float, expected: str) -> None:

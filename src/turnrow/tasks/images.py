@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +73,8 @@ def image_files(data: Dataset, column: str, split: str, folder: str | None, *, o
             if not optional:
                 raise UserError(f"{place}: column {column!r} has no image (missing or null)")
             continue
-        try:
+        with _readable(cell, place):
             _opened(cell).close()
-        except OSError as error:
-            raise UserError(f"{place}: the image {_name(cell)} cannot be read: {_reason(error)}") from error
     return _with_places(held, column, places)
 
 
@@ -107,22 +106,38 @@ def open_image(cell: Mapping[str, Any]) -> Image:
     """
     from PIL import Image, ImageOps
 
+    with _readable(cell, cell.get("place", "")), _opened(cell) as image:
+        # What a camera noted of its own position; and Pillow warns of palettes whose colours are partly transparent.
+        upright = ImageOps.exif_transpose(image)
+        if _is_sixteen_bits(image):  # Pillow would make white whatever exceeds 255
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return (upright.convert("RGBA") if "transparency" in upright.info else upright).convert("RGB")
+
+
+@contextlib.contextmanager
+def _readable(cell: Mapping[str, Any], place: str) -> Iterator[None]:
+    """Whatever Pillow raises of a file becomes an error that names it and its row."""
+    from PIL import Image
+
     try:
-        with _opened(cell) as image:
-            # What a camera noted of its own position; and Pillow warns of palettes whose colours are partly transparent.
-            upright = ImageOps.exif_transpose(image)
-            # Of 16 bits Pillow would make white whatever exceeds 255. Older versions open PNG files of such as "I".
-            if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return (upright.convert("RGBA") if "transparency" in upright.info else upright).convert("RGB")
-    except OSError as error:
-        raise UserError(f"{cell['place']}: the image {_name(cell)} cannot be read: {_reason(error)}") from error
+        yield
+    # Of a damaged file Pillow raises SyntaxError and ValueError too, as its formats do.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{place}: the image {_name(cell)} cannot be read: {_reason(error)}") from error
 
 
 def _opened(cell: Mapping[str, Any]) -> Image:
     from PIL import Image
 
-    return Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+    image = Image.open(cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"]))
+    if image.mode == "F" or (image.mode == "I" and not _is_sixteen_bits(image)):
+        raise ValueError("its pixels have 32 bits, and what counts as white is not known; save it with 8 or 16 bits")
+    return image
+
+
+def _is_sixteen_bits(image: Image) -> bool:
+    # Older versions of Pillow open PNG files of such as "I".
+    return image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG")
 
 
 def _roots(data: Dataset, folder: str | None) -> list[Path]:
@@ -141,7 +156,7 @@ def _name(cell: Mapping[str, Any]) -> str:
     return repr(cell["path"]) if cell["path"] else f"of {len(cell['bytes'] or b''):,} bytes"
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such file; relative paths begin in option 'folder', the current folder or that of the data file"
     return str(error).partition("\n")[0]

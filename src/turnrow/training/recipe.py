@@ -62,8 +62,13 @@ _RANGES = {
     "per_device_train_batch_size": (1, math.inf),
     "per_device_eval_batch_size": (1, math.inf),
     "gradient_accumulation_steps": (1, math.inf),
+    "eval_accumulation_steps": (1, math.inf),
     "dataloader_num_workers": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "label_smoothing_factor": (0, 1),
+    "neftune_noise_alpha": (0, math.inf),
 }
+_INTERVALS = ("logging_steps", "eval_steps", "save_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +340,17 @@ def _training_options(training: Any) -> dict[str, Any]:
         if value is not None and not lowest <= value < bound:
             below = "" if bound == math.inf else f" and below {bound}"
             raise UserError(f"training.{name} is {value!r}; expected a number from {lowest}{below}")
+    for name in _INTERVALS:
+        value = options.get(name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(
+                f"training.{name} is {value!r}; expected a number of steps, or a share of them between 0 and 1"
+            )
+    most = options.get("max_steps")
+    if most is not None and most < 1 and most != -1:
+        raise UserError(
+            f"training.max_steps is {most!r}; expected a number from 1, or -1: as long as num_train_epochs says"
+        )
     return options
 
 
