@@ -272,6 +272,18 @@ def test_rows_need_no_id(tiny_tokenizer: Any, split: str) -> None:
     assert (task.columns()[0], task.input_columns()) == ("id", ["question", "context"])
     with pytest.raises(UserError, match="no column 'answers'"):
         task.fit(ANSWERED.remove_columns("answers"))
+    assert ExtractiveQATask(question="id").columns() == ["id", "context", "answers"]
+
+
+def test_an_id_that_was_named_has_to_be_there_but_to_predict(tiny_tokenizer: Any) -> None:
+    task = ExtractiveQATask(id="uid")
+    with pytest.raises(UserError, match="no column 'uid'"):
+        task.fit(ANSWERED)
+    named = ANSWERED.add_column("uid", ["a", "b"])
+    task.fit(named)
+    with pytest.raises(UserError, match="no column 'uid'"):
+        task.encode(ANSWERED, tiny_tokenizer, 60, split="test")
+    assert len(task.encode(ANSWERED, tiny_tokenizer, 60, split="predict")) == 2
 
 
 @pytest.mark.parametrize(
@@ -373,7 +385,7 @@ def test_real_data_with_a_real_tokenizer(real_data: Callable[[str, str], Path], 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(Path(package.__file__).parent / "model")
-    task = ExtractiveQATask(id="id")
+    task = ExtractiveQATask()
     task.fit(read_table(real_data(name, "train")))
     assert task.with_null == (name == "squad_v2")
     test = read_table(real_data(name, "test"))

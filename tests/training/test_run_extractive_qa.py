@@ -54,7 +54,7 @@ def questions(tmp_path: Path) -> dict[str, str]:
 def test_evaluate_and_predict_reproduce_the_run(
     make_recipe: MakeRecipe, questions: dict[str, str], method: dict[str, Any]
 ) -> None:
-    result = train(make_recipe(task={**TASK, "id": "id"}, data=questions, method=method, max_length=20))
+    result = train(make_recipe(task=TASK, data=questions, method=method, max_length=20))
     assert evaluate_adapter(result.adapter, questions["test"], quiet=True) == result.metrics["after"]
     again = result.folder.root / "again.jsonl"
     predicted = predict(result.adapter, questions["test"], output=again, quiet=True)

@@ -71,7 +71,7 @@ class ExtractiveQATask(Task):
     answers: str = "answers"
     """The column of the right answers."""
     id: str | None = None
-    """A column that is kept beside the predictions, where the data have it."""
+    """A column that is kept beside the predictions; None: one called `id`, where the data have it."""
     doc_stride: int = 128
     """Tokens that neighbouring windows of a long context have in common; never more than half a window. (The step between windows, as
     transformers counts it with `stride`, is what a window holds of the context less this.)"""
@@ -115,15 +115,21 @@ class ExtractiveQATask(Task):
 
     def columns(self) -> list[str]:
         """Return the columns of the question, its context and the answers, behind that of `id`, which data may lack."""
-        return [*([] if self.id is None else [self.id]), *self.input_columns(), self.answers]
+        others = [*self.input_columns(), self.answers]
+        name = self.id or "id"
+        return others if name in others else [name, *others]
 
     def input_columns(self) -> list[str]:
         """The question and its context."""
         return [self.question, self.context]
 
+    def _required(self) -> list[str]:
+        """What data to train on or to score must have: an `id` only if it was named."""
+        return [*([] if self.id is None else [self.id]), *self.input_columns(), self.answers]
+
     def fit(self, train: Dataset) -> None:
         """Look whether there are questions without an answer."""
-        require_columns(train, [*self.input_columns(), self.answers], "train")
+        require_columns(train, self._required(), "train")
         missing = [not answers for answers in self._gold(train, "train")]
         if all(missing):
             raise UserError(
@@ -150,7 +156,7 @@ class ExtractiveQATask(Task):
         of the window's tokens in the context, `null_position`, and, the first row of an example, its `context` and `gold`.
         """
         labelled, decoded = split != "predict", split != "train"
-        require_columns(data, [*self.input_columns(), *([self.answers] if labelled else [])], split)
+        require_columns(data, self._required() if labelled else self.input_columns(), split)
         for column in (self.question, self.context):
             text_column(data, column, split)
         golds = self._gold(data, split) if labelled else []

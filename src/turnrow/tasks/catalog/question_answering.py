@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from turnrow.tasks.catalog.entry import Entry
 
 __all__ = ["ENTRIES"]
@@ -17,13 +15,11 @@ def _splits(name: str) -> dict[str, str]:
     }
 
 
-_TASK: dict[str, Any] = {"name": "extractive_qa", "id": "id"}
-
 ENTRIES = (
     Entry(
         name="squad",
         title="SQuAD v1.1: which words of the paragraph answer the question?",
-        task=_TASK,
+        task={"name": "extractive_qa"},
         hub=_splits("rajpurkar/squad"),
         source="Rajpurkar et al. 2016, EMNLP",
         notes="The training split is in the order of its articles: those at its end are for validation.",
@@ -31,7 +27,7 @@ ENTRIES = (
     Entry(
         name="squad_v2",
         title="SQuAD v2.0: which words of the paragraph answer the question, if any?",
-        task={**_TASK, "no_answer_threshold": "validation"},
+        task={"name": "extractive_qa", "no_answer_threshold": "validation"},
         hub=_splits("rajpurkar/squad_v2"),
         source="Rajpurkar, Jia, Liang 2018, ACL",
         notes=(
