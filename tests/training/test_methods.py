@@ -47,6 +47,16 @@ def test_bitfit_trains_every_bias_and_the_head(base: Base) -> None:
     assert len([name for name in names if "classifier" not in name]) == held > 0
 
 
+def test_bitfit_is_refused_where_only_the_head_has_biases(base: Base) -> None:
+    for module in base.model.bert.modules():
+        if getattr(module, "bias", None) is not None:
+            module.bias = None
+    with pytest.raises(
+        UserError, match="^method bitfit: this BertForSequenceClassification has no biases outside its head"
+    ):
+        trained(base, {"name": "bitfit"})
+
+
 def test_lora_fa_trains_b_alone(base: Base) -> None:
     names = trained(base, {"name": "lora_fa", "r": 2, "target_modules": "all-linear"})
     assert {name.split(".")[-3] for name in names if "lora_" in name} == {"lora_B"}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
 from transformers import PreTrainedModel
 
 from turnrow.errors import UserError, near_matches
@@ -16,7 +17,7 @@ from turnrow.training.base import Base, head_modules
 from turnrow.training.options import check_names, check_options
 from turnrow.training.skeleton import Skeleton
 
-__all__ = ["apply_method", "check_method", "method_config", "method_names", "method_title"]
+__all__ = ["apply_method", "check_method", "has_biases", "method_config", "method_names", "method_title"]
 
 _RESERVED = {
     "peft_type": "the method's name decides it",
@@ -92,7 +93,13 @@ def apply_method(
         return base.model.float().requires_grad_(True)
     if name in ("head", "bitfit"):
         # peft's own form of an adapter that has no target: only modules_to_save, and biases, are trained and saved.
-        biases: Literal["all", "none"] = "all" if name == "bitfit" else "none"
+        biases: Literal["all", "none"] = "none"
+        if name == "bitfit":
+            if not has_biases(base.model, but=head_modules(base.model, base.new_modules)):
+                raise UserError(
+                    f"method bitfit: this {type(base.model).__name__} has no biases outside its head; choose another method, such as rocoft"
+                )
+            biases = "all"
         config: PeftConfig = LoraConfig(target_modules=DUMMY_TARGET_MODULES, bias=biases)
     else:
         config = _config(name, options)
@@ -139,6 +146,12 @@ def apply_method(
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.float()
     return adapted
+
+
+def has_biases(model: nn.Module, *, but: Iterable[str] = ()) -> bool:
+    """Whether a model has parameters that BitFit trains outside of some modules: what peft takes for biases."""
+    heads = tuple(f"{name}." for name in but)
+    return any("bias" in name and not name.startswith(heads) for name, _ in model.named_parameters())
 
 
 def _check_saved(method: str, wanted: Iterable[str], model: PreTrainedModel) -> None:

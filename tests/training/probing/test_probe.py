@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import BertForMaskedLM
+from transformers import BertForMaskedLM, LlamaConfig, LlamaModel
 
 from turnrow.errors import UserError
 from turnrow.tasks import make_task, read_table
@@ -123,6 +123,21 @@ def test_the_usual_candidates_begin_with_the_recipes_own_and_are_all_different(m
     assert {"name": "ln_tuning", "target_modules": ["LayerNorm"]}.items() <= next(
         one for one in chosen if one["name"] == "ln_tuning"
     ).items()
+
+
+def test_a_model_without_biases_is_probed_without_bitfit(make_recipe, tmp_path, tiny_tokenizer):
+    folder = tmp_path / "decoder"
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        pad_token_id=0,
+    )  # fmt: skip
+    LlamaModel(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    found = probe(make_recipe(model=str(folder)), measure_steps=False, **SMALL)
+    names = [one.title for one in found.methods]
+    assert "bitfit" not in names
+    assert "full" in names
+    assert all(one.scores for one in found.methods)
 
 
 @pytest.mark.parametrize(

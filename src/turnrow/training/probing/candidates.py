@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from turnrow.errors import UserError
-from turnrow.training.methods import check_method, method_config
+from turnrow.training.methods import check_method, has_biases, method_config
 
 __all__ = ["probe_candidates"]
 
@@ -17,11 +17,11 @@ def probe_candidates(method: Mapping[str, Any], base: nn.Module) -> list[dict[st
     """The `method` sections to compare by default, the given one first, none twice.
 
     RoAd 4 starts with the kernel of RoAd 2, so the two cannot be told apart before training and one stands for both. Methods that
-    the installed peft has no targets for in this model are left out.
+    the installed peft has no targets for in this model are left out, and those of biases or norms where it has none.
 
     Args:
         method: of the recipe.
-        base: the base model; its norms are named for LayerNorm tuning.
+        base: the base model.
     """
     everywhere = {"target_modules": "all-linear"}
     norms = sorted({name.rpartition(".")[2] for name, module in base.named_modules() if _is_norm(module)})
@@ -39,7 +39,7 @@ def probe_candidates(method: Mapping[str, Any], base: nn.Module) -> list[dict[st
         {"name": "lora", "r": 1, "lora_alpha": 2, **everywhere},
         {"name": "lora", "r": 8, "lora_alpha": 16, **everywhere},
         {"name": "ia3"},
-        {"name": "bitfit"},
+        *([{"name": "bitfit"}] if has_biases(base) else []),
         *([{"name": "ln_tuning", "target_modules": norms}] if norms else []),
     ]
     chosen, known = [dict(method)], [_kind(method)]
