@@ -194,6 +194,8 @@ def test_a_file_that_turns_other_pairs_is_refused(tmp_path):
             "blocks: no target module is called 'q_projj'; did you mean 'q_proj'",
         ),
         ({"train": []}, r"train is \[\]"),
+        ({"group_size": "4"}, "group_size is '4'; it must be an even whole number"),
+        ({"group_size": 4.0}, "group_size is 4.0; it must be an even whole number"),
         ({"train": ["angels"]}, "train contains 'angels'; it must be 'angle' or 'scale'; did you mean 'angle'"),
     ],
 )

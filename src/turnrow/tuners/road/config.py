@@ -48,6 +48,9 @@ class RoadConfig(PeftRoadConfig):
     )
 
     def __post_init__(self) -> None:
+        # peft compares without a look at the type: a text is a TypeError there, 4.0 fails in the first layer, True is odd.
+        if type(self.group_size) is not int:
+            raise UserError(f"group_size is {self.group_size!r}; it must be an even whole number, 2 or more")
         super().__post_init__()
         check_names(self)
         check_subspaces(self.blocks, "blocks")
