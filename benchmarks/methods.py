@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 from unittest.mock import patch
 
 from torch import nn
@@ -82,13 +82,13 @@ def _reference(
 ) -> Callable[[PreTrainedModel, list[str]], nn.Module]:
     def apply(model: PreTrainedModel, targets: list[str]) -> nn.Module:
         for name in targets:
-            model.set_submodule(name, layer(model.get_submodule(name), RANK))
+            model.set_submodule(name, layer(cast(nn.Linear, model.get_submodule(name)), RANK))
         return model
 
     return apply
 
 
-def _rocoft(mode: str, rank: int) -> Callable[[PreTrainedModel, list[str]], nn.Module]:
+def _rocoft(mode: Literal["row", "column"], rank: int) -> Callable[[PreTrainedModel, list[str]], nn.Module]:
     def apply(model: PreTrainedModel, targets: list[str]) -> nn.Module:
         from peft import get_peft_model
 

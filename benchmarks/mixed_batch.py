@@ -19,20 +19,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, RoadConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks import measure
+from benchmarks.arguments import add_result, add_shape, add_threads, check_positive
 from benchmarks.methods import LORA_RANK, RANK, sharing_copy, with_road_of_peft
-from benchmarks.results import provenance, result_file, spread, write
+from benchmarks.results import provenance, spread, write
 from benchmarks.shapes import SHAPES, Shape, build_model, target_names
 from benchmarks.table import origin
 from turnrow import RocoftConfig
@@ -98,12 +99,13 @@ GOALS: tuple[tuple[str, str, float], ...] = (
 class Served:
     """A model that serves a batch in which sample i has adapter i; without names, the base model."""
 
-    def __init__(self, model: nn.Module, names: list[str] | None) -> None:
-        self.model = model
-        self.names = names
+    def __init__(self, model: PreTrainedModel | PeftModel, names: list[str] | None) -> None:
+        # Both classes have what is asked of them below; as modules they would type every attribute as a tensor.
+        self.model: Any = model
+        self.names = names or []
 
     def __call__(self, ids: Tensor) -> Tensor:
-        names = {} if self.names is None else {"adapter_names": self.names}
+        names = {"adapter_names": self.names} if self.names else {}
         return self.model(input_ids=ids, **names).logits
 
     @contextmanager
@@ -170,10 +172,10 @@ def measure_mixed_batch(
         entries[name]["error"] = _error(name, served[name], prompt, _TOLERANCE[dtype])
 
     for work, ids in (("prompt", prompt), ("token", prompt[:, :1])):
-        steps = {name: lambda model=model, ids=ids: model(ids) for name, model in served.items()}
+        steps = {name: partial(model, ids) for name, model in served.items()}
         _time(work, steps, entries, repeats=repeats, device=device)
-    with _all_decoding(served, long_prompt, prompt[:, :1]) as steps:
-        _time("decoding", steps, entries, repeats=repeats, device=device)
+    with _all_decoding(served, long_prompt, prompt[:, :1]) as decoding:
+        _time("decoding", decoding, entries, repeats=repeats, device=device)
     return entries
 
 
@@ -190,7 +192,12 @@ def _all_decoding(
 
 
 def _time(
-    work: str, steps: dict[str, Callable[[], Tensor]], entries: dict[str, dict[str, Any]], *, repeats: int, device: str
+    work: str,
+    steps: Mapping[str, Callable[[], Tensor]],
+    entries: dict[str, dict[str, Any]],
+    *,
+    repeats: int,
+    device: str,
 ) -> None:
     for step in steps.values():
         for _ in range(_WARM_UP):
@@ -250,23 +257,16 @@ def markdown(result: dict[str, Any]) -> str:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mixed_batch", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="llama", help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...; default: %(default)s")
-    parser.add_argument("--dtype", choices=_TOLERANCE, help="of the base weights; default: the shape's")
+    add_shape(parser, SHAPES, _TOLERANCE, default="llama")
     parser.add_argument("--samples", type=int, default=32, help="samples and adapters; default: %(default)s")
     parser.add_argument("--tokens", type=int, default=16, help="tokens a sample in a prompt; default: %(default)s")
     parser.add_argument("--cached", type=int, default=64, help="cached tokens in decoding; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=20, help="rounds; default: %(default)s")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch; default: %(default)s")
+    add_threads(parser, 2)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
-    parser.add_argument("--output", type=Path, help="JSON file to write, else only the table is printed")
-    parser.add_argument(
-        "--show", type=result_file, metavar="FILE", help="print the table of a result file; measure nothing"
-    )
+    add_result(parser)
     arguments = parser.parse_args(argv)
-    for name in ("samples", "tokens", "cached", "repeats", "threads"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} is {getattr(arguments, name)}, must be at least 1")
+    check_positive(parser, arguments, "samples", "tokens", "cached", "repeats", "threads")
     return arguments
 
 
@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "repeats": arguments.repeats,
     }
     result = {
-        **provenance("mixed_batch", FORMAT, shape, arguments.device),
+        **provenance("mixed_batch", FORMAT, arguments.device, shape),
         "settings": {"shape": arguments.shape, **settings, "warm_up": _WARM_UP, "seed": _SEED},
         "methods": measure_mixed_batch(shape, arguments.methods, **settings),
     }

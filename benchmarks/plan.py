@@ -31,15 +31,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModel, BertConfig, PretrainedConfig
 
-from benchmarks import environment
-from benchmarks.results import result_file, write
+from benchmarks.arguments import add_result, add_threads
+from benchmarks.results import provenance, write
 from benchmarks.shapes import SHAPES, model_config
 
 __all__ = ["CASES", "Case", "main", "markdown"]
@@ -152,7 +151,7 @@ class Run:
 
         from turnrow.training.trainer import make_trainer
 
-        length, rows = self.recipe.max_length, _STEPS * self.args.per_device_train_batch_size
+        length, rows = self.recipe.max_length or 0, _STEPS * self.args.per_device_train_batch_size
         # One row of a batch is a token shorter, so that there is padding to mask, as there is in most batches.
         lengths = [length - (row % self.args.per_device_train_batch_size == 0) for row in range(rows)]
         columns = {
@@ -291,11 +290,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=_DEFAULT, help="default: all but tiny")
     parser.add_argument("--methods", nargs="+", choices=["rocoft", "road", "lora", "full"], help="default: all")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch; default: %(default)s")
-    parser.add_argument("--output", type=Path, help="JSON file to write, else only the table is printed")
-    parser.add_argument(
-        "--show", type=result_file, metavar="FILE", help="print the table of a result file; measure nothing"
-    )
+    add_threads(parser, 2)
+    add_result(parser)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -311,12 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     result = {
-        "format": FORMAT,
-        "benchmark": "plan",
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": environment.machine("cpu"),
-        "versions": environment.versions(),
-        "commit": environment.commit(),
+        **provenance("plan", FORMAT),
         "settings": {
             "threads": arguments.threads,
             "steps": _STEPS,

@@ -23,6 +23,7 @@ import torch
 from scipy.stats import spearmanr
 
 from benchmarks import environment
+from benchmarks.arguments import add_data, need_data
 from benchmarks.results import plus_minus, write
 from benchmarks.suite.measure import data_of
 from benchmarks.suite.store import RUNS
@@ -120,7 +121,8 @@ def correlations(result: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
         "nearness": [-statistics.fmean(one["distances"]["p = 2"]) for one in methods],
         "parameters": [one["parameters"] for one in methods],
     }
-    return {name: tuple(map(float, spearmanr(values, real))) for name, values in predicted.items()}
+    found = {name: spearmanr(values, real) for name, values in predicted.items()}
+    return {name: (float(rho), float(p)) for name, (rho, p) in found.items()}
 
 
 def markdown(folder: Path = FOLDER) -> str:
@@ -128,7 +130,9 @@ def markdown(folder: Path = FOLDER) -> str:
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     if not results:
         raise UserError(f"there are no results in {folder}")
-    rows, means, without = [], {name: [] for name in PREDICTORS}, {name: [] for name in PREDICTORS}
+    rows = []
+    means: dict[str, list[float]] = {name: [] for name in PREDICTORS}
+    without: dict[str, list[float]] = {name: [] for name in PREDICTORS}
     for result in results:
         found = correlations(result)
         for name, (rho, _) in found.items():
@@ -173,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, help="the folder with the tasks' folders")
+    add_data(parser)
     parser.add_argument("--tasks", nargs="+", default=["sst2", "trec", "cola", "mr"], help="default: %(default)s")
     parser.add_argument("--shots", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--draws", type=int, default=3, help="default: %(default)s")
@@ -187,8 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.show:
             print(markdown(args.folder))
             return 0
-        if args.data is None:
-            parser.error("--data is needed")
+        need_data(parser, args.data, args.tasks)
         if args.threads:
             torch.set_num_threads(args.threads)
         for task in args.tasks:

@@ -18,17 +18,17 @@ from turnrow.files import write_text
 __all__ = ["plus_minus", "provenance", "result_file", "spread", "write"]
 
 
-def provenance(benchmark: str, format_number: int, shape: Shape, device: str) -> dict[str, Any]:
-    """Return the head of a result: benchmark, time, machine, versions, commit, and the sizes of the model."""
-    return {
+def provenance(benchmark: str, format_number: int, device: str = "cpu", shape: Shape | None = None) -> dict[str, Any]:
+    """Return the head of a result: benchmark, time, machine, versions, commit, and the sizes of the model if it is one of `SHAPES`."""
+    head = {
         "format": format_number,
         "benchmark": benchmark,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": environment.machine(device),
         "versions": environment.versions(),
         "commit": environment.commit(),
-        "shape": asdict(shape),
     }
+    return head if shape is None else {**head, "shape": asdict(shape)}
 
 
 def spread(samples: list[float]) -> dict[str, Any]:

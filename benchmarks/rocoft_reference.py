@@ -19,6 +19,7 @@ class _Reference(nn.Module):
     """y = x [trained; frozen]^T + b, the whole weight put together at every call."""
 
     dim: int
+    frozen: Tensor
 
     def __init__(self, linear: nn.Linear, r: int) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ SHAPES: dict[str, Shape] = {
 
 def model_config(shape: Shape) -> BertConfig | LlamaConfig:
     """Return the config of the model of `shape`; BERT's without dropout, so that every method computes the same loss."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers,

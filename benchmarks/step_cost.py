@@ -20,15 +20,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import measure
+from benchmarks.arguments import add_result, add_shape, add_threads, check_positive
 from benchmarks.methods import LIMIT, METHODS, find_method, sharing_copy
-from benchmarks.results import provenance, result_file, spread, write
+from benchmarks.results import provenance, spread, write
 from benchmarks.shapes import SHAPES, Shape, build_model, target_names
 from benchmarks.table import markdown
 
@@ -40,6 +40,10 @@ _WARM_UP = 2
 
 # How far a method's loss and input gradient may lie from the frozen model's at the start, relative to the largest entry.
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+
+
+_Start: TypeAlias = tuple[Tensor, Tensor]
+"""The first loss and the gradient at the inputs."""
 
 
 class _Step:
@@ -63,6 +67,14 @@ class _Step:
         loss = self.forward()
         loss.backward()
         return loss.detach()
+
+    def warmed_up(self) -> _Start:
+        for _ in range(_WARM_UP - 1):
+            self()
+        loss, gradient = self(), self.embeddings.grad
+        if gradient is None:
+            raise RuntimeError("no gradient has come to the inputs")
+        return loss, gradient.clone()
 
 
 def measure_step_cost(
@@ -92,23 +104,23 @@ def measure_step_cost(
 
     entries: dict[str, dict[str, Any]] = {}
     steps: dict[str, _Step] = {}
-    expected: tuple[Tensor, Tensor] | None = None
+    expected: _Start | None = None
     for name in [LIMIT, *(name for name in dict.fromkeys(methods) if name != LIMIT)]:
         entries[name] = {"title": find_method(name).title}
         try:
             step = _Step(find_method(name).apply(sharing_copy(base), targets), embeddings, labels)
-            for _ in range(_WARM_UP):
-                loss = step()
-            if expected is None:
-                expected = loss, step.embeddings.grad.clone()
-            entries[name] |= _same_start(name, loss, step.embeddings.grad, expected, _TOLERANCE[dtype])
+            start = step.warmed_up()
+            expected = expected or start
+            entries[name] |= _same_start(name, start, expected, _TOLERANCE[dtype])
             entries[name] |= _memory(step, device)
             steps[name] = step
         except torch.OutOfMemoryError:
+            if name == LIMIT:
+                raise
             entries[name]["failed"] = "out of memory"
 
     seconds = measure.interleaved_seconds(steps, rounds=repeats, device=device, seed=_SEED)
-    if not torch.equal(steps[LIMIT](), expected[0]):
+    if expected is None or not torch.equal(steps[LIMIT](), expected[0]):
         raise RuntimeError("the shared base weights changed during the run: some method left its trace in them")
     for name, samples in seconds.items():
         ratios = [sample / limit for sample, limit in zip(samples, seconds[LIMIT], strict=True)]
@@ -117,11 +129,9 @@ def measure_step_cost(
     return entries
 
 
-def _same_start(
-    name: str, loss: Tensor, gradient: Tensor, expected: tuple[Tensor, Tensor], tolerance: float
-) -> dict[str, float]:
-    """Check that the method computes what the frozen model does: only then is its cost comparable."""
-    expected_loss, expected_gradient = expected
+def _same_start(name: str, start: _Start, expected: _Start, tolerance: float) -> dict[str, float]:
+    """Check that the method computes what the frozen model does, loss and gradient: only then is its cost comparable."""
+    (loss, gradient), (expected_loss, expected_gradient) = start, expected
     error = ((gradient - expected_gradient).abs().max() / expected_gradient.abs().max()).item()
     off = abs(loss.item() / expected_loss.item() - 1)
     if not (error <= tolerance and off <= tolerance):
@@ -156,15 +166,13 @@ def _method_name(name: str) -> str:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_cost", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="llama", help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...; default: %(default)s")
-    parser.add_argument("--dtype", choices=_TOLERANCE, help="of the base weights; default: the shape's")
+    add_shape(parser, SHAPES, _TOLERANCE, default="llama")
     parser.add_argument("--batch", type=int, help="sequences a step; default: the shape's")
     parser.add_argument("--sequence", type=int, help="tokens a sequence; default: the shape's")
     parser.add_argument(
         "--repeats", type=int, default=20, help="rounds, each runs every method once; default: %(default)s"
     )
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch; default: %(default)s")
+    add_threads(parser, 2)
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -173,15 +181,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=list(METHODS),
         help=f"of {', '.join(METHODS)}; lora, rows and columns with any rank, as rows:64; default: all of these",
     )
-    parser.add_argument("--output", type=Path, help="JSON file to write, else only the table is printed")
-    parser.add_argument(
-        "--show", type=result_file, metavar="FILE", help="print the table of a result file; measure nothing"
-    )
+    add_result(parser)
     arguments = parser.parse_args(argv)
-    for name in ("batch", "sequence", "repeats", "threads"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} is {value}, must be at least 1")
+    check_positive(parser, arguments, "batch", "sequence", "repeats", "threads")
     return arguments
 
 
@@ -200,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "repeats": arguments.repeats,
     }
     result = {
-        **provenance("step_cost", FORMAT, shape, arguments.device),
+        **provenance("step_cost", FORMAT, arguments.device, shape),
         "settings": {"shape": arguments.shape, **settings, "warm_up": _WARM_UP, "seed": _SEED},
         "methods": measure_step_cost(shape, arguments.methods, **settings),
     }

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from benchmarks.suite.search import next_rates
 from benchmarks.suite.suite import Rates
@@ -86,7 +87,9 @@ def read_rows(path: str | Path) -> Rows:
 class _Tasks(nn.Module):
     """The encoder with its adapters, and a head a task."""
 
-    def __init__(self, encoder: nn.Module, tokenizer: Any, labels: Mapping[str, int]) -> None:
+    encoder: PeftModel
+
+    def __init__(self, encoder: PeftModel, tokenizer: Any, labels: Mapping[str, int]) -> None:
         super().__init__()
         self.encoder = encoder
         self.tokenizer = tokenizer
@@ -101,7 +104,12 @@ class _Tasks(nn.Module):
 
 
 def run_seed(
-    setup: Setup, encoder: nn.Module, tokenizer: Any, data: Mapping[str, Mapping[str, Rows]], rate: float, seed: int
+    setup: Setup,
+    encoder: PreTrainedModel,
+    tokenizer: Any,
+    data: Mapping[str, Mapping[str, Rows]],
+    rate: float,
+    seed: int,
 ) -> dict[str, dict[str, float]]:
     """Train and evaluate every kind of `KINDS` that the setup has, with one seed.
 
@@ -123,7 +131,7 @@ def run_seed(
             model.encoder.set_adapter(task)
             _train(model, {task: data[task]["train"]}, rate, seed)
         found[f"alone, {size}"] = {task: _alone(model, task, data[task]["test"]) for task in data}
-        model.encoder.base_model.set_adapter([first, second])
+        model.encoder.base_model.set_adapter([first, second])  # type: ignore[operator]
         both = "composed, halves" if size == "half" else "composed, whole"
         found[both] = {task: _accuracy(model, task, data[task]["test"]) for task in data}
     model = _fresh(setup, encoder, tokenizer, data, {"joint": None}, seed)
@@ -133,7 +141,7 @@ def run_seed(
 
 
 def search_rate(
-    setup: Setup, encoder: nn.Module, tokenizer: Any, data: Mapping[str, Mapping[str, Rows]]
+    setup: Setup, encoder: PreTrainedModel, tokenizer: Any, data: Mapping[str, Mapping[str, Rows]]
 ) -> dict[float, float]:
     """By learning rate, the mean accuracy over the tasks on their validation splits, each trained alone on all of every layer."""
     found: dict[float, float] = {}
@@ -150,7 +158,7 @@ def search_rate(
 
 def _fresh(
     setup: Setup,
-    encoder: nn.Module,
+    encoder: PreTrainedModel,
     tokenizer: Any,
     data: Mapping[str, Mapping[str, Rows]],
     adapters: Mapping[str, str | None],
@@ -158,7 +166,7 @@ def _fresh(
 ) -> _Tasks:
     torch.manual_seed(seed)
     (name, part), *others = adapters.items()
-    model: PeftModel = get_peft_model(copy.deepcopy(encoder), setup.configure(part), adapter_name=name)  # type: ignore[arg-type,assignment]
+    model = get_peft_model(copy.deepcopy(encoder), setup.configure(part), adapter_name=name)
     for name, part in others:
         model.add_adapter(name, setup.configure(part))
     labels = {task: int(splits["train"].labels.max()) + 1 for task, splits in data.items()}

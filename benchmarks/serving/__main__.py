@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.results import provenance, result_file, write
+from benchmarks.arguments import add_result, add_shape, add_threads, check_positive
+from benchmarks.results import provenance, write
 from benchmarks.serving.methods import BASE, METHODS, enliven
 from benchmarks.serving.table import markdown
 from benchmarks.serving.timing import TOLERANCE, measure_load
@@ -41,9 +42,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     decoders = [name for name, shape in SHAPES.items() if shape.family == "llama"]
-    parser.add_argument("--shape", choices=decoders, default="llama-1024", help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...; default: %(default)s")
-    parser.add_argument("--dtype", choices=TOLERANCE, help="of the base weights; default: the shape's")
+    add_shape(parser, decoders, TOLERANCE, default="llama-1024")
     parser.add_argument("--requests", type=int, default=32, help="in a batch; default: %(default)s")
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 32], help="in a batch; default: 1 8 32")
     parser.add_argument(
@@ -61,20 +60,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--peer-rounds", type=int, default=3, help="rounds in which peft runs, too; default: %(default)s"
     )
     parser.add_argument("--batch-tokens", type=int, default=512, help="in a step of the engine; default: %(default)s")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch; default: %(default)s")
+    add_threads(parser, 1)
     parser.add_argument(
         "--clock",
         choices=CLOCKS,
         help="processor time of the thread that runs the model, or the time of day; default: the first on one thread of a CPU",
     )
-    parser.add_argument("--output", type=Path, help="JSON file to write, else only the table is printed")
-    parser.add_argument(
-        "--show", type=result_file, metavar="FILE", help="print the table of a result file; measure nothing"
-    )
+    add_result(parser)
     arguments = parser.parse_args(argv)
-    for name in ("requests", "rounds", "peer_rounds", "batch_tokens", "threads"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, must be at least 1")
+    check_positive(parser, arguments, "requests", "rounds", "peer_rounds", "batch_tokens", "threads")
     if not all(1 <= count <= arguments.requests for count in arguments.adapters):
         parser.error(f"--adapters is {arguments.adapters}, must be from 1 to the {arguments.requests} requests")
     return arguments
@@ -97,7 +91,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "seed": _SEED,
     }
     names = [name for name in METHODS if name in arguments.methods or name == BASE]
-    head = provenance("serving", FORMAT, shape, arguments.device)
+    head = provenance("serving", FORMAT, arguments.device, shape)
     base = build_model(shape, device=arguments.device, dtype=getattr(torch, settings["dtype"]), seed=_SEED).eval()
     targets = target_names(base)
     enliven(base, targets)

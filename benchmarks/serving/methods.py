@@ -69,7 +69,7 @@ METHODS: dict[str, Method] = {
 def enliven(model: PreTrainedModel, targets: list[str]) -> None:
     """Give the random weights of these layers the variance 1 / inputs; as they begin, narrow layers pass hardly anything on."""
     for name in targets:
-        weight = model.get_submodule(name).weight
+        weight: torch.Tensor = model.get_parameter(f"{name}.weight")
         weight.mul_((weight.shape[1] * weight.float().var()) ** -0.5)
 
 

@@ -16,14 +16,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import environment
-from benchmarks.results import result_file, write
+from benchmarks.arguments import add_result, check_positive
+from benchmarks.results import provenance, write
 from benchmarks.serving_load.adapters import spoil, write_adapters
 from benchmarks.serving_load.answers import judge, references
 from benchmarks.serving_load.asking import ask_all, draw
@@ -120,15 +119,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--leaving", type=float, default=0.0, help="the share of clients that go away in the middle")
     parser.add_argument("--spoilt", type=int, default=0, help="adapters with damaged files")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, help="JSON file to write, else only the table is printed")
     parser.add_argument("--plot", type=Path, help="PNG to draw")
-    parser.add_argument(
-        "--show", type=result_file, metavar="FILE", help="print the table of a result (and draw); run nothing"
-    )
+    add_result(parser)
     arguments = parser.parse_args(argv)
-    for name in ("adapters", "slots", "requests", "at_once"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, must be at least 1")
+    check_positive(parser, arguments, "adapters", "slots", "requests", "at_once")
     if not 0 <= arguments.leaving <= 1:
         parser.error(f"--leaving is {arguments.leaving}, must be from 0 to 1")
     return arguments
@@ -142,14 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         names = ("adapters", "slots", "held", "requests", "at_once", "exponent", "leaving", "spoilt", "seed")
         settings = {"model": arguments.model, **{name: getattr(arguments, name) for name in names}}
-        head = {
-            "format": FORMAT,
-            "benchmark": "serving_load",
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": environment.machine("cpu"),
-            "versions": environment.versions(),
-            "commit": environment.commit(),
-        }
+        head = provenance("serving_load", FORMAT)
         with tempfile.TemporaryDirectory() as folder:
             found = run_load(settings, Path(folder))
         result = {**head, "settings": {**settings, "model": arguments.model.parent.name}, **found}

@@ -83,12 +83,13 @@ def _search(store: Store, data: dict[str, str], kept: Path) -> float:
             for folder in kept.iterdir():  # only the best so far may be asked for again
                 if folder.name != f"{best_searched(runs):g}":
                     shutil.rmtree(folder)
-    if validation_score(runs[best_searched(runs)]) == float("-inf"):
+    best = best_searched(runs)
+    if validation_score(runs[best]) == float("-inf"):
         raise UserError(
-            f"no run of {cell.slug!r} on {cell.task} came to an end, the last with {run['failed']}; once that is put right, delete "
-            f"{store.folder}"
+            f"no run of {cell.slug!r} on {cell.task} came to an end, that at {best:g} with {runs[best]['failed']}; once that is put right, "
+            f"delete {store.folder}"
         )
-    return best_searched(runs)
+    return best
 
 
 def _run(cell: Cell, data: dict[str, str], rate: float, seed: int, folder: Path) -> dict[str, Any]:

@@ -71,6 +71,8 @@ def test_too_few_methods_are_said(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "measured", lambda task: [])
+    (tmp_path / "mr").mkdir()
+    (tmp_path / "mr" / "train.jsonl.gz").touch()
     assert probe.main(["--data", str(tmp_path), "--tasks", "mr", "--folder", str(tmp_path)]) == 0
     assert "mr: 0 methods were fine-tuned with every seed; 6 are needed" in capsys.readouterr().out
 
