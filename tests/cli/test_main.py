@@ -97,3 +97,21 @@ def test_the_command_is_that_of_the_module(monkeypatch: pytest.MonkeyPatch, caps
     with pytest.raises(SystemExit, match="2"):
         turnrow_command.main()
     assert "unknown argument '--nowhere'" in capsys.readouterr().err
+
+
+def test_optional_packages_say_nothing_while_they_are_imported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run() -> int:
+        logging.getLogger("torchao.quantization").warning("of the run")
+        return 0
+
+    class Talkative(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            logging.getLogger("torchao").warning("no kernel")
+            logging.getLogger("bitsandbytes.backends").warning("no kernel")
+            return run
+
+    monkeypatch.setitem(sys.modules, "turnrow.cli.main", Talkative("turnrow.cli.main"))
+    assert turnrow_command.main() == 0
+    assert caplog.messages == ["of the run"]
