@@ -129,9 +129,9 @@ class Run:
     def __init__(self, fields: dict[str, Any]) -> None:
         from turnrow.tasks import task_from_dict
         from turnrow.training import Recipe
+        from turnrow.training.arguments import training_arguments
         from turnrow.training.base import load_base
         from turnrow.training.methods import apply_method
-        from turnrow.training.trainer import training_arguments
 
         self.recipe = Recipe.from_dict(fields)
         options = {"metric": None, "text": "text", "label": "label"}

@@ -16,9 +16,10 @@ from turnrow.selection import read_indices
 from turnrow.tasks import make_task, read_table
 from turnrow.training import Recipe, evaluate_adapter, train
 from turnrow.training import calibration as module
+from turnrow.training.arguments import training_arguments
 from turnrow.training.base import load_base
 from turnrow.training.calibration import select_indices, write_indices
-from turnrow.training.trainer import make_trainer, training_arguments
+from turnrow.training.trainer import make_trainer
 
 from .conftest import MakeRecipe
 

@@ -167,6 +167,7 @@ def test_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
         ("max_grad_norm", -1, "from 0$"),
         ("label_smoothing_factor", 1.5, "from 0 and below 1$"),
         ("neftune_noise_alpha", -1, "from 0$"),
+        ("save_total_limit", -1, "from 0$"),
         ("save_steps", 0, "of steps, or a share of them between 0 and 1$"),
         ("eval_steps", -1, "of steps, or a share of them between 0 and 1$"),
         ("max_steps", 0, "from 1, or -1: as long as num_train_epochs says$"),

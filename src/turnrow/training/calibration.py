@@ -18,6 +18,7 @@ from turnrow.errors import UserError
 from turnrow.files import write_text
 from turnrow.selection import Selection, needs_data
 from turnrow.tasks import Task, make_task
+from turnrow.training.arguments import training_arguments
 from turnrow.training.base import input_limit, load_base
 from turnrow.training.batches import collated, model_columns
 from turnrow.training.folder import RunFolder
@@ -26,7 +27,6 @@ from turnrow.training.quiet import without_dataset_bars
 from turnrow.training.recipe import Recipe
 from turnrow.training.seeding import deterministic
 from turnrow.training.splits import read_training
-from turnrow.training.trainer import training_arguments
 
 __all__ = ["calibrate", "select_indices", "write_indices"]
 

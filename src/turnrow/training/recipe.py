@@ -13,7 +13,6 @@ output_dir: runs/sst2
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -38,37 +37,6 @@ RECIPE_VERSION = 1
 Section: TypeAlias = dict
 
 _SPLITS = ("train", "validation", "test")
-
-_TOP_LEVEL = {
-    "output_dir": "it is a field of the recipe itself, one level up",
-    "seed": "it is a field of the recipe itself, one level up",
-    "data_seed": "the recipe's seed orders the data too",
-    "full_determinism": "every run is seeded and deterministic already",
-    "resume_from_checkpoint": "resume with the flag --resume",
-    "deepspeed": "a run is sharded by training.fsdp; docs/distributed.md shows DeepSpeed in a program of your own",
-    "do_train": "a run always trains",
-    "do_eval": "set eval_strategy instead",
-    "do_predict": "a run always predicts the test split",
-}
-
-# What transformers takes without a look and fails on later: the lowest value, and the one that all are below.
-_RANGES = {
-    "learning_rate": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "adam_beta1": (0, 1),
-    "adam_beta2": (0, 1),
-    "adam_epsilon": (0, math.inf),
-    "num_train_epochs": (0, math.inf),
-    "per_device_train_batch_size": (1, math.inf),
-    "per_device_eval_batch_size": (1, math.inf),
-    "gradient_accumulation_steps": (1, math.inf),
-    "eval_accumulation_steps": (1, math.inf),
-    "dataloader_num_workers": (0, math.inf),
-    "max_grad_norm": (0, math.inf),
-    "label_smoothing_factor": (0, 1),
-    "neftune_noise_alpha": (0, math.inf),
-}
-_INTERVALS = ("logging_steps", "eval_steps", "save_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,30 +296,9 @@ def _method_options(method: Any) -> dict[str, Any]:
 
 
 def _training_options(training: Any) -> dict[str, Any]:
-    from transformers import TrainingArguments
+    from turnrow.training.arguments import check_training
 
-    options = _section(training, "training")
-    if options.get("fsdp") is True:
-        # What transformers wants is not what it declares; its own command line has the same trouble.
-        options["fsdp"] = "true"
-    options = check_options(options, TrainingArguments, "training", reserved=_TOP_LEVEL)
-    for name, (lowest, bound) in _RANGES.items():
-        value = options.get(name)
-        if value is not None and not lowest <= value < bound:
-            below = "" if bound == math.inf else f" and below {bound}"
-            raise UserError(f"training.{name} is {value!r}; expected a number from {lowest}{below}")
-    for name in _INTERVALS:
-        value = options.get(name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(
-                f"training.{name} is {value!r}; expected a number of steps, or a share of them between 0 and 1"
-            )
-    most = options.get("max_steps")
-    if most is not None and most < 1 and most != -1:
-        raise UserError(
-            f"training.max_steps is {most!r}; expected a number from 1, or -1: as long as num_train_epochs says"
-        )
-    return options
+    return check_training(_section(training, "training"))
 
 
 def _rate_factors(values: Any) -> dict[str, float] | None:

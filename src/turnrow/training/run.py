@@ -21,6 +21,7 @@ from turnrow.files import finite_or_null, write_json, write_lines
 from turnrow.pretrained import without_weight_bars
 from turnrow.selection import Selection
 from turnrow.tasks import Task, make_task
+from turnrow.training.arguments import evaluation_arguments, kept_checkpoints, training_arguments
 from turnrow.training.base import input_limit, load_base, prediction_limit
 from turnrow.training.batches import model_columns
 from turnrow.training.calibration import calibrate
@@ -46,7 +47,7 @@ from turnrow.training.reselection import Reselect, Reselection
 from turnrow.training.saved import SavedModel, prediction_rows, save_run, write_predictions
 from turnrow.training.seeding import deterministic
 from turnrow.training.splits import read_splits
-from turnrow.training.trainer import evaluation_arguments, kept_checkpoints, make_trainer, training_arguments
+from turnrow.training.trainer import make_trainer
 from turnrow.tuners import check_reselection, unite
 
 __all__ = ["RunResult", "train"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -15,32 +14,19 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput
 
-from turnrow.errors import UserError, near_matches
+from turnrow.errors import UserError
 from turnrow.tasks import Task
+from turnrow.training.arguments import build_arguments
 from turnrow.training.evaluation import SharedEvaluation
 from turnrow.training.finite import FiniteGuard, check_loss
 from turnrow.training.generation import generate_batch, texts
 from turnrow.training.measure import StepClock
 from turnrow.training.progress import ProgressBars
 from turnrow.training.rate_factors import scale_rates
-from turnrow.training.recipe import Recipe
 
-__all__ = ["EVALUATION_ARGUMENTS", "evaluation_arguments", "make_trainer", "predict_split", "training_arguments"]
+__all__ = ["make_trainer", "predict_split"]
 
 log = logging.getLogger(__name__)
-
-DEFAULT_KEPT_CHECKPOINTS = 2
-
-# Those training arguments on which the numbers of an evaluation depend; kept with the adapter.
-EVALUATION_ARGUMENTS = (
-    "per_device_eval_batch_size",
-    "bf16",
-    "fp16",
-    "bf16_full_eval",
-    "fp16_full_eval",
-    "tf32",
-    "use_cpu",
-)
 
 
 class GuardedTrainer(Trainer):
@@ -176,92 +162,6 @@ def make_trainer(
     )
 
 
-def training_arguments(recipe: Recipe, task: Task, folder: str) -> TrainingArguments:
-    """The user's training arguments over our defaults.
-
-    Defaults that differ from transformers': a checkpoint and, where there is a validation split, an evaluation at the end
-    of every epoch; about fifty log entries; nothing reported to outside services; the task's main metric chooses the best
-    checkpoint when ``load_best_model_at_end`` is set.
-    """
-    # transformers fills in what is missing in the dictionaries that it is given.
-    given = deepcopy(recipe.training)
-    evaluates = recipe.data.validates
-    if not evaluates and (
-        given.get("load_best_model_at_end")
-        or given.get("save_strategy") == "best"
-        or given.get("eval_strategy", "no") != "no"
-        or given.get("eval_on_start")
-    ):
-        raise UserError("training evaluates on the validation split, but data.validation is missing; name a file there")
-    if task.settles and not evaluates:
-        raise UserError(
-            f"the task {task.name!r} chooses something on the validation split, but data.validation is missing; name a file there"
-        )
-    eval_strategy = given.get("eval_strategy", ("steps" if "eval_steps" in given else "epoch") if evaluates else "no")
-    follows = eval_strategy if given.get("load_best_model_at_end") else "epoch"
-    defaults: dict[str, Any] = {
-        "eval_strategy": eval_strategy,
-        "save_strategy": "steps" if "save_steps" in given else follows,
-        "logging_strategy": "steps",
-        "logging_steps": 0.02,
-        "report_to": "none",
-        "label_names": list(task.label_names),
-        # Our own guard looks at every loss.
-        "logging_nan_inf_filter": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "use_cpu": not torch.accelerator.is_available(),
-    }
-    defaults |= _best(given, eval_strategy, task)
-    if follows == "steps" and "eval_steps" in given:
-        defaults["save_steps"] = given["eval_steps"]
-    # Checkpoints are deleted by our own callback, only after the newest is sealed.
-    arguments = {**defaults, **given, "save_total_limit": None}
-    if given.get("fsdp") == "true":
-        arguments["fsdp"] = True
-    args = _build(arguments, output_dir=folder, seed=recipe.seed, data_seed=recipe.seed)
-    if (visible := torch.cuda.device_count()) > 1 and args.world_size == 1 and args.n_gpu == 1:
-        log.info("one of %d GPUs is used; for all: torchrun --standalone --nproc_per_node %d ...", visible, visible)
-    return args
-
-
-def _best(given: dict[str, Any], eval_strategy: Any, task: Task) -> dict[str, Any]:
-    """The training arguments by which checkpoints are compared, where the user's leave them out; those are changed in place.
-
-    transformers takes more of any metric for better, unless its name ends in ``loss``.
-    """
-    for name in ("metric_for_best_model", "greater_is_better"):
-        if given.get(name) is None:
-            given.pop(name, None)
-    if given.get("save_strategy") == "best" and eval_strategy == "no":
-        raise UserError(
-            "training.save_strategy is 'best', but training.eval_strategy is 'no', so that no checkpoint is found to be the best; leave "
-            "one of them out"
-        )
-    if "metric_for_best_model" not in given:
-        if not given.get("load_best_model_at_end") and given.get("save_strategy") != "best":
-            return {}
-        return {"metric_for_best_model": task.main_metric, "greater_is_better": task.greater_is_better}
-    metric = given["metric_for_best_model"].removeprefix("eval_")
-    # The loss of the model; of what the model writes there is none.
-    known = list(dict.fromkeys([*task.metric_names, *([] if task.generates("validation") else ["loss"])]))
-    if metric not in known:
-        raise UserError(
-            f"training.metric_for_best_model is {given['metric_for_best_model']!r}, which the task {task.name!r} does not report; "
-            f"allowed: {', '.join(known)}{near_matches(metric, known)}"
-        )
-    return {"greater_is_better": metric not in {*task.error_metrics, "loss"}}
-
-
-def kept_checkpoints(recipe: Recipe) -> int | None:
-    """How many checkpoints to keep: the user's ``save_total_limit``, else two."""
-    return recipe.training.get("save_total_limit", DEFAULT_KEPT_CHECKPOINTS)
-
-
-def evaluation_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """The part of `args` that an evaluation needs to give the same numbers again, as plain values."""
-    return {name: getattr(args, name) for name in EVALUATION_ARGUMENTS}
-
-
 def predict_split(
     task: Task,
     model: torch.nn.Module,
@@ -287,7 +187,7 @@ def predict_split(
         progress: the label of a progress bar; None for no bar.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        args = _build(
+        args = build_arguments(
             {
                 **evaluation,
                 # A run on a GPU can be evaluated without one.
@@ -313,14 +213,3 @@ def predict_split(
     if not task.generates(split):
         return output
     return PredictionOutput(texts(output.predictions, tokenizer), None, output.metrics)
-
-
-def _build(arguments: Mapping[str, Any], **ours: Any) -> TrainingArguments:
-    try:
-        args = TrainingArguments(**arguments, **ours)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"training: {' '.join(str(error).split())}") from error
-    if args.n_gpu > 1:
-        # Or Trainer would wrap the model in torch.nn.DataParallel, whose threads share each layer's state.
-        args._n_gpu = 1
-    return args

@@ -18,12 +18,12 @@ from turnrow.errors import UserError
 from turnrow.pretrained import resolve_model
 from turnrow.selection import needs_data
 from turnrow.tasks import Task, make_task, read_table
+from turnrow.training.arguments import training_arguments
 from turnrow.training.base import Base, checked_config, input_limit, load_tokenizer, position_limit
 from turnrow.training.planning.quantized import quantize_skeleton
 from turnrow.training.precision import precision, precision_name
 from turnrow.training.recipe import Recipe
 from turnrow.training.skeleton import Skeleton, load_skeleton
-from turnrow.training.trainer import training_arguments
 
 __all__ = ["Setting"]
 

@@ -20,6 +20,7 @@ from turnrow.analysis.ntk import (
 )
 from turnrow.errors import UserError
 from turnrow.tasks import Task, make_task
+from turnrow.training.arguments import training_arguments
 from turnrow.training.base import input_limit, load_base
 from turnrow.training.methods import check_method, method_title
 from turnrow.training.planning import plan
@@ -32,7 +33,6 @@ from turnrow.training.probing.outputs import Function, function_of
 from turnrow.training.recipe import Recipe
 from turnrow.training.seeding import deterministic
 from turnrow.training.splits import read_split
-from turnrow.training.trainer import training_arguments
 
 __all__ = ["probe"]
 

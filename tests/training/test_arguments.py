@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from turnrow.errors import UserError
 from turnrow.tasks import make_task
-from turnrow.training.trainer import kept_checkpoints, training_arguments
+from turnrow.training.arguments import kept_checkpoints, training_arguments
 
 from .conftest import MakeRecipe
 
