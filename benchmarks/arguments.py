@@ -69,9 +69,8 @@ def check_positive(parser: argparse.ArgumentParser, arguments: argparse.Namespac
             parser.error(f"--{name.replace('_', '-')} is {value}, must be at least 1")
 
 
-def need_data(parser: argparse.ArgumentParser, folder: Path | None, tasks: Iterable[str]) -> Path:
-    """The folder of ``--data``; an error of the command line where it does not hold the training split of every task."""
+def need_data(parser: argparse.ArgumentParser, folder: Path | None, tasks: Iterable[str]) -> None:
+    """End with an error where ``--data`` does not hold the training split of every task."""
     for task in tasks:
         if folder is None or not (folder / task / "train.jsonl.gz").is_file():
             parser.error(f"--data is {folder}; name the folder that holds {task}/train.jsonl.gz")
-    return folder or Path()

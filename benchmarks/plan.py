@@ -134,6 +134,7 @@ class Run:
         from turnrow.training.methods import apply_method
 
         self.recipe = Recipe.from_dict(fields)
+        self.length: int = fields["max_length"]
         options = {"metric": None, "text": "text", "label": "label"}
         saved = {"version": 1, "name": "classification", "options": options, "learned": {"labels": [0, 1]}}
         self.task = task_from_dict(saved)
@@ -151,7 +152,7 @@ class Run:
 
         from turnrow.training.trainer import make_trainer
 
-        length, rows = self.recipe.max_length or 0, _STEPS * self.args.per_device_train_batch_size
+        length, rows = self.length, _STEPS * self.args.per_device_train_batch_size
         # One row of a batch is a token shorter, so that there is padding to mask, as there is in most batches.
         lengths = [length - (row % self.args.per_device_train_batch_size == 0) for row in range(rows)]
         columns = {
