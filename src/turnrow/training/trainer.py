@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,8 +24,6 @@ from turnrow.training.progress import ProgressBars
 from turnrow.training.rate_factors import scale_rates
 
 __all__ = ["make_trainer", "predict_split"]
-
-log = logging.getLogger(__name__)
 
 
 class GuardedTrainer(Trainer):

@@ -227,7 +227,7 @@ def test_a_cell_of_which_every_run_fails_is_an_error(data: Path, store: Store, m
     Trainings(monkeypatch, dict.fromkeys(RATES.grid))
     for _ in range(2):  # what failed is not run again, and is not taken for done either
         with pytest.raises(
-            UserError, match=f"on sst2 came to an end, that at .* with ValueError: .*; .* delete {store.folder}"
+            UserError, match=f"on sst2 came to an end, that at 0.0001 with ValueError: .*; .* delete {store.folder}"
         ):
             measure(store.cell, data, store)
     assert summarize(store.cell, store.folder.parents[2]) is None
